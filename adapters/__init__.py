@@ -1,0 +1,1 @@
+"""Adapters: ``directpred.adapters.X`` replaces the learned predictor of codebase X."""

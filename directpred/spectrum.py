@@ -1,0 +1,130 @@
+"""Rules: from the eigenvalues s of the features' correlation to the eigenvalues p of the weight.
+
+A rule is any callable ``rule(s) -> p``. ``s`` is a (dim,) floating array of the caller's library,
+in ascending order and clipped at 0, so ``s[-1]`` is the spectral norm of the correlation; ``p``
+has the same shape and dtype. The weight is then ``U diag(p) Uᵀ``.
+
+Only the shape of the spectrum matters for a cosine loss: ``p`` and ``c · p`` train alike.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from array_api_compat import array_namespace
+
+Array: TypeAlias = Any
+"""An array of any library that follows the array API standard."""
+
+Rule: TypeAlias = Callable[[Array], Array]
+"""Eigenvalues (dim,) of the correlation, ascending and ≥ 0, to those (dim,) of the weight."""
+
+
+@dataclass(frozen=True)
+class Eq18:
+    """Equation 18 of the paper: p_j = √s_j + eps · max_j s_j.
+
+    As a matrix function, W_p = F̂^½ + eps · ‖F̂‖ · I. The second term grows faster with the scale
+    of the features than the first; `DirectSet` is the same rule without that dependence.
+
+    Source: Tian, Chen, Ganguli, ICML 2021 (arXiv 2102.06810), Eq. 18.
+
+    Attributes:
+        eps: Boost of all eigenvalues, ≥ 0, relative to the largest eigenvalue of F̂.
+    """
+
+    eps: float = 0.1
+
+    def __post_init__(self) -> None:
+        _require("eps", self.eps, self.eps >= 0, "≥ 0")
+
+    def __call__(self, s: Array) -> Array:
+        """Map eigenvalues (dim,), ascending and ≥ 0, to those of the weight (dim,)."""
+        return array_namespace(s).sqrt(s) + self.eps * s[-1]
+
+
+@dataclass(frozen=True)
+class DirectSet:
+    """DirectSet(α): p_j = s_j^α + eps · max_j s_j^α, i.e. W_p = F̂^α + eps · ‖F̂^α‖ · I.
+
+    Source: Wang, Chen, Du, Tian, arXiv 2110.04947.
+
+    Attributes:
+        alpha: Power of the correlation, > 0.
+        eps: Boost of all eigenvalues, ≥ 0, relative to the largest of F̂^α.
+    """
+
+    alpha: float = 0.5
+    eps: float = 0.1
+
+    def __post_init__(self) -> None:
+        _require("alpha", self.alpha, self.alpha > 0, "> 0")
+        _require("eps", self.eps, self.eps >= 0, "≥ 0")
+
+    def __call__(self, s: Array) -> Array:
+        """Map eigenvalues (dim,), ascending and ≥ 0, to those of the weight (dim,)."""
+        p = array_namespace(s).sqrt(s) if self.alpha == 0.5 else s**self.alpha
+        return p + self.eps * p[-1]
+
+
+@dataclass(frozen=True)
+class DirectCopy:
+    """DirectCopy, DirectSet with α = 1: p_j = s_j + eps · max_j s_j, i.e. W_p = F̂ + eps · ‖F̂‖ · I.
+
+    Source: Wang, Chen, Du, Tian, arXiv 2110.04947; the default eps as in Halvagal et al. 2023.
+
+    Attributes:
+        eps: Boost of all eigenvalues, ≥ 0, relative to the largest eigenvalue of F̂.
+    """
+
+    eps: float = 0.3
+
+    def __post_init__(self) -> None:
+        _require("eps", self.eps, self.eps >= 0, "≥ 0")
+
+    def __call__(self, s: Array) -> Array:
+        """Map eigenvalues (dim,), ascending and ≥ 0, to those of the weight (dim,)."""
+        return s + self.eps * s[-1]
+
+
+@dataclass(frozen=True)
+class BoostScale:
+    """What the published code computes, which differs from the printed Eq. 18.
+
+    p_j = max((s_j / s_max)^power + eps, floor), or with ``inside``
+    p_j = max(s_j / s_max + eps, floor)^power. A correlation of zero counts as s_j / s_max = 0.
+
+    Source: the trainer published with the paper, option ``boost_scale``.
+
+    Attributes:
+        eps: Boost of all eigenvalues, relative to the largest; it may be negative.
+        power: Power of the normalised eigenvalues, > 0.
+        inside: Whether eps is added before the power is taken.
+        floor: Lower bound, > 0, on the sum of the scaled eigenvalue and eps.
+    """
+
+    eps: float = 0.01
+    power: float = 0.5
+    inside: bool = False
+    floor: float = 1e-4
+
+    def __post_init__(self) -> None:
+        _require("eps", self.eps, True, "a finite number")
+        _require("power", self.power, self.power > 0, "> 0")
+        _require("floor", self.floor, self.floor > 0, "> 0")
+
+    def __call__(self, s: Array) -> Array:
+        """Map eigenvalues (dim,), ascending and ≥ 0, to those of the weight (dim,)."""
+        xp = array_namespace(s)
+        scaled = s / xp.where(s[-1] > 0, s[-1], xp.ones_like(s[-1]))
+        if self.inside:
+            return xp.clip(scaled + self.eps, min=self.floor) ** self.power
+        return xp.clip(scaled**self.power + self.eps, min=self.floor)
+
+
+def _require(name: str, value: float, holds: bool, expected: str) -> None:
+    if not (math.isfinite(value) and holds):
+        raise ValueError(f"{name} must be {expected}, got {value}")

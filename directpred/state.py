@@ -1,0 +1,114 @@
+"""The state of a predictor, and its way between array libraries and into checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+from array_api_compat import array_namespace, device, is_array_api_obj, to_device
+
+from directpred.correlation import Moments
+from directpred.spectrum import Array
+
+VERSION = 1
+
+
+class State(NamedTuple):
+    """All that a predictor remembers from step to step.
+
+    Attributes:
+        correlation: F̂ of Eq. 19, uncentred, (dim, dim).
+        mean: Mean of the features under the same moving average, (dim,).
+        weight: W_p, (dim, dim).
+        step_count: Number of steps that entered F̂; a number or a 0-d array.
+        skipped: Number of steps left out because they were not finite; likewise.
+    """
+
+    correlation: Array
+    mean: Array
+    weight: Array
+    step_count: Array
+    skipped: Array
+
+
+Arrays = TypeVar("Arrays", State, Moments)
+
+
+def initial_state(dim: int) -> State:
+    """The state before the first step, in float32 NumPy arrays: the weight is the identity."""
+    eye = np.eye(dim, dtype=np.float32)
+    return State(np.zeros_like(eye), np.zeros_like(eye[0]), eye, 0, 0)
+
+
+def on_host(x: Array) -> bool:
+    """Tell whether reading the values of x costs no synchronisation with a device."""
+    return "cpu" in str(device(x)).lower()
+
+
+def to_numpy(x: Any) -> np.ndarray[Any, Any]:
+    """Copy an array of any library, or a number, to NumPy."""
+    if is_array_api_obj(x) and not on_host(x):
+        x = to_device(x, "cpu")
+    return np.array(x if hasattr(x, "__array__") or not is_array_api_obj(x) else np.from_dlpack(x))
+
+
+def moved(arrays: Arrays, like: Array, dtype: Any) -> Arrays:
+    """Copy a state or moments in NumPy to the library and device of `like`; counts stay numbers."""
+    xp = array_namespace(like)
+
+    def move(x: Any) -> Any:
+        if not isinstance(x, np.ndarray):
+            return x
+        return xp.asarray(x, dtype=dtype, device=device(like), copy=True)
+
+    return type(arrays)(*map(move, arrays))
+
+
+def to_dict(state: State, accumulated: Moments | None) -> dict[str, Any]:
+    """The entries of a saved state: arrays and numbers under plain names."""
+    entries: dict[str, Any] = {"version": VERSION, **state._asdict()}
+    if accumulated is not None:
+        entries |= {f"accumulated_{name}": x for name, x in accumulated._asdict().items()}
+    return entries
+
+
+def from_dict(entries: Mapping[str, Any], dim: int) -> tuple[State, Moments | None]:
+    """Check a saved state and copy it to NumPy arrays and Python numbers.
+
+    Args:
+        entries: What `to_dict` made, with arrays of any library.
+        dim: The width expected.
+
+    Raises:
+        ValueError: An entry is missing or unknown, of another shape, or not finite; or the version
+            is not the one of this release.
+    """
+    version = entries.get("version")
+    if version is None or int(version) != VERSION:
+        raise ValueError(f"expected a DirectPred state of version {VERSION}, got {version!r}")
+    shapes = {
+        "correlation": (dim, dim),
+        "mean": (dim,),
+        "weight": (dim, dim),
+        "step_count": (),
+        "skipped": (),
+    }
+    if any(name.startswith("accumulated_") for name in entries):
+        shapes |= {
+            "accumulated_outer": (dim, dim),
+            "accumulated_total": (dim,),
+            "accumulated_rows": (),
+        }
+    if set(shapes) != (names := set(entries) - {"version"}):
+        missing, unknown = sorted(set(shapes) - names), sorted(names - set(shapes))
+        raise ValueError(f"not a DirectPred state: missing {missing}, unknown {unknown}")
+    arrays = {name: to_numpy(entries[name]) for name in shapes}
+    for name, x in arrays.items():
+        if x.shape != shapes[name]:
+            raise ValueError(f"{name} must be of shape {shapes[name]}, got {x.shape}")
+        # What was accumulated may hold NaN: with nonfinite="skip" it is judged at the step.
+        if x.dtype.kind not in "fiu" or not (np.isfinite(x).all() or "accumulated" in name):
+            raise ValueError(f"{name} must hold finite numbers, got {x.dtype} {x}")
+    values = [x if x.ndim else int(x) for x in arrays.values()]
+    return State(*values[:5]), Moments(*values[5:]) if values[5:] else None

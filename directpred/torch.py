@@ -1,0 +1,332 @@
+"""DirectPredHead: DirectPred as a `torch.nn.Module` that stands where the learned predictor stood.
+
+The order of events in a step is the published one: the forward passes apply the weight of the
+step before and gather statistics; backward; optimizer step; then the new weight is set.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from directpred.correlation import (
+    Moments,
+    check_features,
+    describe_nonfinite,
+    is_finite,
+    merge,
+    moments,
+)
+from directpred.predictor import NonFinite, Options, advance, check_dim
+from directpred.spectrum import Eq18, Rule
+from directpred.state import State, from_dict, initial_state, moved, on_host, to_dict
+
+__all__ = ["DirectPredHead"]
+
+
+class DirectPredHead(nn.Module):
+    """A predictor head without trained parameters, for BYOL, SimSiam and their like.
+
+    In training mode `head(z)` is z @ weight and gathers the statistics of z, without grad and in
+    float32 or better also under autocast; gradient flows through to z. A *step* ends with the new
+    weight, and is closed by one of three:
+
+    - `attach(optimizer)`, once: after every `optimizer.step()`. Micro-batches are merged.
+    - `step()`, called by the training loop after `optimizer.step()`.
+    - nothing: a head that has never been closed by one of these closes the step by itself, at the
+      first forward after a backward. With gradient accumulation, or under `torch.compile`, choose
+      one of the others.
+
+    In evaluation mode the weight is applied and nothing is gathered.
+
+    Statistics are merged over the ranks of the process group where `torch.distributed` is
+    initialised, so every rank has the weight of the global batch; every rank must close the step.
+
+    Example:
+        >>> import torch
+        >>> encoder = torch.nn.Linear(8, 4)
+        >>> head = DirectPredHead(4)
+        >>> optimizer = torch.optim.SGD(encoder.parameters(), lr=0.03)
+        >>> head.attach(optimizer)
+        >>> head(encoder(torch.randn(16, 8))).square().mean().backward()
+        >>> optimizer.step()
+        >>> int(head.step_count)
+        1
+
+    Args:
+        dim: Width of the features.
+        rule: Spectral rule, one of `directpred.spectrum` or any callable s -> p.
+        rho: Weight of the old correlation in the moving average, in [0, 1).
+        freq: Set the weight every freq-th step.
+        between: What happens to the weight from one setting to the next: "hold" it (it is a buffer
+            and the head has no parameters), or "train" it (it is a parameter, for an optimizer).
+        center: Whether the weight comes from the centred correlation.
+        solver: As `directpred.DirectPred`.
+        nonfinite: "skip" a step with features that are not finite and count it in `skipped`, which
+            on a GPU needs no synchronisation with the host; or "raise" a `ValueError` in the
+            forward pass.
+        process_group: The ranks to merge over; by default all.
+        device: Of the state.
+        dtype: Of the state, float32 (the default) or float64.
+
+    Attributes:
+        weight: W_p, (dim, dim), the identity until the first step is closed.
+        correlation: F̂ of Eq. 19, (dim, dim), uncentred.
+        mean: Moving average of the features' mean, (dim,).
+        step_count: Number of steps that entered F̂, 0-d int64.
+        skipped: Number of steps left out because they were not finite, 0-d int64.
+
+    Raises:
+        TypeError, ValueError: An option is of the wrong type or out of range.
+    """
+
+    weight: Tensor
+    correlation: Tensor
+    mean: Tensor
+    step_count: Tensor
+    skipped: Tensor
+
+    def __init__(
+        self,
+        dim: int,
+        rule: Rule = Eq18(),  # noqa: B008 - frozen
+        rho: float = 0.3,
+        freq: int = 1,
+        between: Literal["hold", "train"] = "hold",
+        center: bool = False,
+        solver: str = "auto",
+        nonfinite: NonFinite = "skip",
+        process_group: dist.ProcessGroup | None = None,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.dim = check_dim(dim)
+        self.options = Options(rule, rho, freq, center, solver, nonfinite).validate()
+        if between not in ("hold", "train"):
+            raise ValueError(f"between must be 'hold' or 'train', got {between!r}")
+        if dtype not in (None, torch.float32, torch.float64):
+            raise ValueError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
+        self.between = between
+        self.process_group = process_group
+        for name, value in initial_state(dim)._asdict().items():
+            floating = name not in ("step_count", "skipped")
+            tensor = torch.as_tensor(
+                value, device=device, dtype=(dtype or torch.float32) if floating else torch.int64
+            )
+            if name == "weight" and between == "train":
+                self.register_parameter(name, nn.Parameter(tensor))
+            else:
+                self.register_buffer(name, tensor)
+        # Not a buffer: DistributedDataParallel would overwrite it with that of rank 0.
+        self._gathered: Moments | None = None
+        self._backward_seen = False
+        self._stepped_by_hand = False
+        self._optimizer: weakref.ref[torch.optim.Optimizer] | None = None
+        self._remove_hook: Callable[[], None] | None = None
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Predict: z @ weight; in training mode also gather the statistics of z.
+
+        Args:
+            z: Features, (..., n, dim), any floating dtype.
+
+        Returns:
+            The prediction, in the shape and dtype of z (of autocast where that is on).
+
+        Raises:
+            TypeError: z is not a floating tensor.
+            ValueError: z is of another width or device, has no rows, or, with nonfinite="raise",
+                is not finite. Nothing of it has then been gathered.
+        """
+        if not isinstance(z, Tensor):
+            raise TypeError(f"features must be a torch.Tensor, got {type(z).__name__}")
+        check_features(z, self.dim)
+        if z.device != self.weight.device:
+            raise ValueError(f"expected features on {self.weight.device}, got some on {z.device}")
+        if not self.training:
+            return z @ self.weight.to(z.dtype)
+        eager = not torch.compiler.is_compiling()
+        if eager and self._backward_seen:
+            self._settle()
+        prediction = z @ self.weight.to(z.dtype)
+        self._gather(z.detach())
+        if eager and prediction.requires_grad:
+            prediction.register_hook(self._see_backward)
+        return prediction
+
+    def step(self) -> None:
+        """Close the step: merge over ranks, move the correlation, set the weight where due.
+
+        Call it after `optimizer.step()`, and not after one that a gradient scaler skipped. Does
+        nothing where nothing was gathered since the last step.
+
+        Raises:
+            ValueError: The rule gave a weight that is not finite (where that can be told without
+                a synchronisation), or, with nonfinite="raise", the correlation overflows. The
+                state is then as it was.
+        """
+        self._stepped_by_hand = True
+        self._close()
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> None:
+        """Close a step after every `optimizer.step()`; replaces an earlier attachment.
+
+        A step that a gradient scaler skips is no step: what was gathered for it is dropped, once
+        its gradients are None, as `zero_grad()` leaves them by default.
+
+        Args:
+            optimizer: The optimizer of the model in front of the head.
+
+        Raises:
+            TypeError: Not a `torch.optim.Optimizer`.
+        """
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(f"expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        self.detach()
+        this = weakref.ref(self)
+
+        def close(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+            if (head := this()) is not None:
+                # Set by a gradient scaler on optimizers that do the skipping themselves (fused).
+                found_inf = getattr(optimizer, "found_inf", None)
+                head._close(None if found_inf is None else found_inf.any())
+
+        self._remove_hook = optimizer.register_step_post_hook(close).remove
+        self._optimizer = weakref.ref(optimizer)
+
+    def detach(self) -> None:
+        """Undo `attach`; without effect where there is no attachment."""
+        if self._remove_hook is not None:
+            self._remove_hook()
+        self._remove_hook = self._optimizer = None
+
+    def extra_repr(self) -> str:
+        """The options, for `repr`."""
+        options = ", ".join(f"{name}={value!r}" for name, value in self.options._asdict().items())
+        return f"{self.dim}, between={self.between!r}, {options}"
+
+    def _see_backward(self, grad: Tensor) -> None:
+        self._backward_seen = True
+
+    def _settle(self) -> None:
+        """Close or drop what went through a backward, before the next forward gathers."""
+        optimizer = self._optimizer() if self._optimizer is not None else None
+        if optimizer is None:
+            if not self._stepped_by_hand:
+                self._close()
+        elif all(p.grad is None for group in optimizer.param_groups for p in group["params"]):
+            self._gathered, self._backward_seen = None, False
+
+    @torch.no_grad()
+    def _gather(self, z: Tensor) -> None:
+        with torch.autocast(z.device.type, enabled=False):
+            gathered = moments(z, self.correlation.dtype)
+        if self.options.nonfinite == "raise" and not is_finite(gathered):
+            raise ValueError(describe_nonfinite(z))
+        self._gathered = gathered if self._gathered is None else merge(self._gathered, gathered)
+
+    @torch.no_grad()
+    def _close(self, abandoned: Tensor | None = None) -> None:
+        """Close the step; where `abandoned` (0-d bool) holds, without any change to the state."""
+        batch = self._gathered
+        if dist.is_available() and dist.is_initialized():
+            batch = self._merged_over_ranks(batch)
+            empty = batch.rows == 0
+            abandoned = empty if abandoned is None else abandoned | empty
+        if batch is None:
+            return
+        # On the host the values are known, and what is not due need not be computed.
+        known = self.options.nonfinite == "raise" or (
+            on_host(self.weight) and not torch.compiler.is_compiling()
+        )
+        before = self._state()
+        if known:
+            before = before._replace(step_count=int(self.step_count), skipped=int(self.skipped))
+        if not known or not abandoned:
+            for name, value in advance(before, batch, self.options, known)._asdict().items():
+                old = getattr(self, name)
+                new = torch.as_tensor(value, device=old.device)
+                # In place, so that a captured CUDA graph and references to the buffer stay valid.
+                old.copy_(new if known or abandoned is None else torch.where(abandoned, old, new))
+        self._gathered, self._backward_seen = None, False
+
+    def _merged_over_ranks(self, batch: Moments | None) -> Moments:
+        """The moments of all ranks, in one collective; a rank without rows takes part with 0."""
+        if batch is None:
+            rows = self.mean.new_zeros(())
+            batch = Moments(torch.zeros_like(self.correlation), torch.zeros_like(self.mean), rows)
+        rows = torch.as_tensor(batch.rows, dtype=self.mean.dtype, device=self.mean.device)
+        flat = torch.cat([batch.outer.flatten(), batch.total, rows.reshape(1)])
+        dist.all_reduce(flat, group=self.process_group)
+        outer, total, rows = flat.split([self.dim**2, self.dim, 1])
+        return Moments(outer.view(self.dim, self.dim), total, rows[0])
+
+    def _state(self) -> State:
+        return State(*(getattr(self, name).detach() for name in State._fields))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DirectPredHead:
+        """Move the state, in float32 or better also where the model goes to half precision."""
+
+        def move(x: Tensor) -> Tensor:
+            moved = fn(x)
+            narrow = moved.is_floating_point() and moved.dtype.itemsize < 4
+            return x.to(moved.device) if narrow else moved
+
+        super()._apply(move, recurse)  # type: ignore[no-untyped-call]
+        if self._gathered is not None:
+            outer, total, rows = self._gathered
+            self._gathered = Moments(move(outer), move(total), rows)
+        return self
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, value in to_dict(self._state(), self._gathered).items():
+            destination.setdefault(prefix + name, torch.as_tensor(value))
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Load all or nothing: where an entry is missing or wrong, the head stays as it was."""
+        expected = to_dict(self._state(), None).keys()
+        entries = {
+            key.removeprefix(prefix): value
+            for key, value in state_dict.items()
+            if key.startswith(prefix)
+        }
+        missing = [prefix + name for name in expected if name not in entries]
+        unexpected = [n for n in entries if n not in expected and not n.startswith("accumulated_")]
+        missing_keys += missing
+        unexpected_keys += [prefix + name for name in unexpected]
+        if missing:
+            return
+        try:
+            state, gathered = from_dict(
+                {name: x for name, x in entries.items() if name not in unexpected}, self.dim
+            )
+        except (TypeError, ValueError) as error:
+            error_msgs.append(f"{prefix.removesuffix('.') or type(self).__name__}: {error}")
+            return
+        with torch.no_grad():
+            for name, value in state._asdict().items():
+                getattr(self, name).copy_(torch.as_tensor(value))
+        self._gathered = gathered and moved(gathered, self.mean, self.mean.dtype)
+        self._backward_seen = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: an optimizer's hook belongs to the original."""
+        return {**self.__dict__, "_optimizer": None, "_remove_hook": None}
