@@ -50,7 +50,8 @@ def to_numpy(x: Any) -> np.ndarray[Any, Any]:
     """Copy an array of any library, or a number, to NumPy."""
     if is_array_api_obj(x) and not on_host(x):
         x = to_device(x, "cpu")
-    return np.array(x if hasattr(x, "__array__") or not is_array_api_obj(x) else np.from_dlpack(x))
+    exports = is_array_api_obj(x) and not hasattr(x, "__array__")
+    return (np.from_dlpack(x) if exports else np.asarray(x)).copy()
 
 
 def moved(arrays: Arrays, like: Array, dtype: Any) -> Arrays:

@@ -248,12 +248,16 @@ class DirectPredHead(nn.Module):
         before = self._state()
         if known:
             before = before._replace(step_count=int(self.step_count), skipped=int(self.skipped))
-        if not known or not abandoned:
-            for name, value in advance(before, batch, self.options, known)._asdict().items():
-                old = getattr(self, name)
-                new = torch.as_tensor(value, device=old.device)
-                # In place, so that a captured CUDA graph and references to the buffer stay valid.
-                old.copy_(new if known or abandoned is None else torch.where(abandoned, old, new))
+            if abandoned:
+                self._gathered, self._backward_seen = None, False
+                return
+        with torch.autocast(self.weight.device.type, enabled=False):
+            after = advance(before, batch, self.options, known)
+        for name, value in after._asdict().items():
+            old = getattr(self, name)
+            new = torch.as_tensor(value, device=old.device)
+            # In place, so that a captured CUDA graph and references to the buffer stay valid.
+            old.copy_(new if known or abandoned is None else torch.where(abandoned, old, new))
         self._gathered, self._backward_seen = None, False
 
     def _merged_over_ranks(self, batch: Moments | None) -> Moments:
@@ -312,7 +316,7 @@ class DirectPredHead(nn.Module):
         unexpected = [n for n in entries if n not in expected and not n.startswith("accumulated_")]
         missing_keys += missing
         unexpected_keys += [prefix + name for name in unexpected]
-        if missing:
+        if missing or (strict and unexpected):
             return
         try:
             state, gathered = from_dict(

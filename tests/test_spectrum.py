@@ -1,10 +1,10 @@
 import numpy as np
-import oracle
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 import directpred as dp
+import oracle
 
 RULES = [
     (dp.Eq18(), lambda s: oracle.eq18(s, 0.1)),
