@@ -41,8 +41,8 @@ def eigh(correlation: Array, rule: Rule) -> Array:
             f"the rule {rule!r} must return an array of shape {tuple(s.shape)}, "
             f"got {getattr(p, 'shape', p)!r}"
         )
-    weight = (u * p) @ u.T
-    return (weight + weight.T) / 2
+    half = (u * (p / 2)) @ u.T
+    return half + half.T  # a matrix product alone is symmetric only to rounding
 
 
 SOLVERS: dict[str, Solver] = {"eigh": eigh}

@@ -1,0 +1,74 @@
+"""Checkpoints: written after every epoch and when asked to stop, read with care."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+
+from directpred.reference_trainers.byol import BYOL
+from directpred.reference_trainers.errors import Interrupted, UsageError, UserError
+from directpred.reference_trainers.recipe import Recipe
+
+_PARTS = ("recipe", "state_dict", "optimizer_states", "loops", "callbacks", "epoch", "global_step")
+
+
+class Checkpoints(L.Callback):
+    """Saves a run to one file, which the next save replaces.
+
+    Args:
+        path: The file.
+        stop: Asked after every step; once it says yes the run is saved and ended with
+            `Interrupted`.
+    """
+
+    def __init__(self, path: Path, stop: Callable[[], bool]) -> None:
+        self.path, self.stop = path, stop
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        """End the run if that was asked for; the last step of an epoch leaves it to the epoch."""
+        if not trainer.is_last_batch and self.stop():
+            self._save_and_stop(trainer)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        """Save the run, and end it if that was asked for."""
+        if trainer.current_epoch + 1 != trainer.max_epochs and self.stop():
+            self._save_and_stop(trainer)
+        trainer.save_checkpoint(self.path)
+
+    def _save_and_stop(self, trainer: L.Trainer) -> None:
+        trainer.save_checkpoint(self.path)
+        raise Interrupted(f"stopped and saved after step {trainer.global_step}")
+
+
+def read(path: Path) -> tuple[dict[str, Any], BYOL]:
+    """Read a checkpoint; nothing in the file is executed.
+
+    Args:
+        path: A file that `Checkpoints` wrote.
+
+    Returns:
+        Lightning's dictionary of the checkpoint, and the model in it, on the CPU.
+
+    Raises:
+        UserError: There is no such file, or it is something else.
+    """
+    if not path.is_file():
+        raise UserError(f"no checkpoint {path}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it warns of what it then refuses
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        if missing := [part for part in _PARTS if part not in content]:
+            raise KeyError(f"it lacks {', '.join(missing)}")
+        model = BYOL(Recipe.parse(content["recipe"]))
+        model.load_state_dict(content["state_dict"])
+    except Exception as error:  # whatever torch.load makes of a file that is not its own
+        own = isinstance(error, (KeyError, UsageError))
+        reason = f" ({error.args[0]})" if own else ""
+        raise UserError(f"{path} is not a checkpoint of directpred{reason}") from error
+    return content, model

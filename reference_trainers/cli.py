@@ -1,0 +1,203 @@
+"""The ``directpred`` command line.
+
+Torch, Lightning and the rest are imported by the commands that need them, so that ``--help`` is
+quick and works without them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+from directpred.reference_trainers.errors import Interrupted, UsageError, UserError
+from directpred.reference_trainers.recipe import PREDICTORS, Recipe, descriptions
+
+_CONFIGS = Path(__file__).parent / "configs"
+_TRAIN_EXTRA = {
+    "kornia",
+    "lightning",
+    "matplotlib",
+    "rich",
+    "sklearn",
+    "threadpoolctl",
+    "torch",
+    "yaml",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: The arguments, by default those of the process.
+
+    Returns:
+        The exit status: 0, 1 for an error, 2 for wrong usage, 130 when interrupted.
+    """
+    try:
+        options = _parser().parse_args(argv)
+        options.command(options)
+    except SystemExit as done:  # --help
+        return int(done.code or 0)
+    except UsageError as error:
+        return _fail(2, error)
+    except UserError as error:
+        return _fail(1, error)
+    except Interrupted as error:
+        return _fail(130, error)
+    except KeyboardInterrupt:
+        return _fail(130, "interrupted")
+    except OSError as error:
+        return _fail(1, error)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in _TRAIN_EXTRA:
+            raise
+        return _fail(1, f'{package} is missing: pip install "directpred[train]"')
+    return 0
+
+
+def _fail(status: int, message: object) -> int:
+    print(f"directpred: {message}", file=sys.stderr)
+    return status
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser that tells a wrong usage in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+def _parser() -> _Parser:
+    parser = _Parser(
+        prog="directpred",
+        description="Set the predictor of BYOL and SimSiam instead of training it.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    def command(name: str, run: Callable[[argparse.Namespace], None], text: str) -> _Parser:
+        sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        sub.set_defaults(command=run)
+        return sub
+
+    compare = command("compare", _compare, "Train every predictor on real images and compare.")
+    compare.add_argument(
+        "--predictors",
+        type=_predictors,
+        default=PREDICTORS,
+        metavar="A,B",
+        help=f"which, of {', '.join(PREDICTORS)}; all by default",
+    )
+    compare.add_argument("--seeds", type=_count, default=3, help="how many; default: 3")
+    compare.add_argument(
+        "--workers",
+        type=_count,
+        default=min(8, os.cpu_count() or 1),
+        help="processes; the numbers do not depend on it; default: as many as cores, at most 8",
+    )
+    _add_out(compare)
+    _add_recipe(compare, without=("predictor", "seed"))
+
+    train = command("train", _train, "Train one predictor by a recipe.")
+    train.add_argument("--config", help="YAML file, or the name of one that comes with the package")
+    train.add_argument("--resume", type=Path, metavar="CHECKPOINT", help="go on with a run")
+    _add_out(train)
+    _add_recipe(train)
+
+    evaluate = command("evaluate", _evaluate, "Linear probe and k-NN of a checkpoint.")
+    evaluate.add_argument("--checkpoint", type=Path, required=True, metavar="PATH")
+    return parser
+
+
+def _add_out(parser: _Parser) -> None:
+    parser.add_argument("--out", type=Path, default=Path("runs"), help="default: runs")
+    parser.add_argument("--name", help="directory in --out; default: command, date and time")
+
+
+def _add_recipe(parser: _Parser, without: Sequence[str] = ()) -> None:
+    group = parser.add_argument_group("recipe")
+    for name, text in descriptions().items():
+        if name not in without:
+            group.add_argument(
+                f"--{name.replace('_', '-')}",
+                f"--{name}",
+                dest=name,
+                metavar="X",
+                default=argparse.SUPPRESS,
+                help=text.replace("%", "%%"),
+            )
+
+
+def _recipe(options: argparse.Namespace) -> dict[str, Any]:
+    """The options of the recipe that were given on the command line."""
+    given = vars(options)
+    return {field.name: given[field.name] for field in fields(Recipe) if field.name in given}
+
+
+def _predictors(text: str) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(text.split(",")))
+    for name in names:
+        if name not in PREDICTORS:
+            raise argparse.ArgumentTypeError(
+                f"unknown predictor {name!r}; known are {', '.join(PREDICTORS)}"
+            )
+    return names
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number, at least 1, not {text!r}")
+    return int(text)
+
+
+def _config(name: str) -> dict[str, Any]:
+    """The options in a YAML file, given by its path or as the name of a bundled one."""
+    import yaml
+
+    bundled = {path.name: path for path in _CONFIGS.glob("*.yaml")}
+    path = Path(name)
+    if not path.is_file():
+        if name.removesuffix(".yaml") + ".yaml" not in bundled:
+            known = ", ".join(sorted(bundled))
+            raise UserError(f"no config {name!r}: neither a file nor one of the bundled {known}")
+        path = bundled[name.removesuffix(".yaml") + ".yaml"]
+    try:
+        options = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not isinstance(options, dict):
+            raise UsageError(f"{path}: not a list of 'option: value'")
+        Recipe.parse(options)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from None
+    return options
+
+
+def _compare(options: argparse.Namespace) -> None:
+    recipe = _recipe(options)
+    Recipe.parse(recipe)
+    from directpred.reference_trainers.compare import compare
+
+    compare(recipe, options.predictors, options.seeds, options.out, options.name, options.workers)
+
+
+def _train(options: argparse.Namespace) -> None:
+    if options.config and options.resume:
+        raise UsageError("--resume goes on with the run's own recipe; leave out --config")
+    recipe = (_config(options.config) if options.config else {}) | _recipe(options)
+    Recipe.parse(recipe)
+    from directpred.reference_trainers.train import train
+
+    train(recipe, options.out, options.name, options.resume)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from directpred.reference_trainers.evaluate import evaluate
+
+    evaluate(options.checkpoint)

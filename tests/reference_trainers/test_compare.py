@@ -1,0 +1,110 @@
+"""`directpred compare`, from the command line to the files."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib.image
+import pytest
+import torch
+
+from directpred.reference_trainers.cli import main
+from directpred.reference_trainers.recipe import PREDICTORS
+
+Start = Callable[..., subprocess.Popen[str]]
+
+
+def test_writes_everything(comparison: Path) -> None:
+    summary = json.loads((comparison / "summary.json").read_text("utf-8"))
+    assert summary["status"] == "finished"
+    assert summary["recipe"]["epochs"] == 4
+    assert summary["versions"]["torch"]
+    assert summary["machine"]["cores"]
+    assert list(summary["results"]) == [*PREDICTORS, "untrained"]
+
+    with (comparison / "metrics.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["predictor"] for row in rows} == set(PREDICTORS)
+    last = {
+        row["predictor"]: float(row["value"])
+        for row in rows
+        if (row["metric"], row["epoch"]) == ("probe", "4")
+    }
+    for predictor, value in last.items():
+        assert summary["results"][predictor]["probe"]["values"] == [pytest.approx(value, rel=1e-6)]
+
+    height, width, _ = matplotlib.image.imread(comparison / "compare.png").shape
+    assert width > height > 900
+    for predictor in PREDICTORS:
+        path = comparison / "checkpoints" / f"{predictor}-seed0.ckpt"
+        assert torch.load(path, weights_only=True)["recipe"]["predictor"] == predictor
+
+
+def test_without_stop_gradient_the_features_collapse(comparison: Path) -> None:
+    results = json.loads((comparison / "summary.json").read_text("utf-8"))["results"]
+    spread = {name: row["spread"]["mean"] for name, row in results.items()}
+    assert spread["no_stopgrad"] < spread["directpred"] / 4
+    assert spread["no_stopgrad"] < 0.1
+    for name in ("directpred", "directcopy", "mlp"):
+        assert spread[name] > 1.5 * max(spread["linear"], spread["none"])
+
+
+def test_a_checkpoint_evaluates_to_the_table(comparison: Path) -> None:
+    results = json.loads((comparison / "summary.json").read_text("utf-8"))["results"]
+    path = comparison / "checkpoints" / "mlp-seed0.ckpt"
+    assert main(["evaluate", "--checkpoint", str(path)]) == 0
+    evaluated = json.loads(path.with_name(path.name + ".evaluation.json").read_text("utf-8"))
+    for metric in ("probe", "knn", "spread", "effective_rank"):
+        assert [evaluated[metric]] == results["mlp"][metric]["values"]
+
+
+def test_numbers_depend_on_the_seed_alone(comparison: Path, tmp_path: Path) -> None:
+    """Not on the number of workers, nor on what else is compared."""
+    options = ["--epochs", "4", "--seeds", "2", "--predictors", "mlp,directpred"]
+    where = ["--out", str(tmp_path), "--name", "two"]
+    assert main(["compare", *options, *where, "--workers", "1"]) == 0
+
+    def lines(directory: Path, seed: int) -> set[str]:
+        text = (directory / "metrics.csv").read_text("utf-8").splitlines()
+        return {line for line in text if line.startswith((f"mlp,{seed},", f"directpred,{seed},"))}
+
+    assert lines(tmp_path / "two", 0) == lines(comparison, 0)
+    assert {line.replace(",1,", ",0,", 1) for line in lines(tmp_path / "two", 1)} != lines(
+        tmp_path / "two", 0
+    )
+
+
+def test_interrupt_keeps_the_finished_runs(start: Start, tmp_path: Path) -> None:
+    options = ["--epochs", "2", "--seeds", "20", "--predictors", "none,linear"]
+    process = start("compare", *options, "--out", tmp_path, "--name", "stopped")
+    assert process.stdout is not None
+    assert process.stdout.readline().startswith("[ 1/40] ")
+    os.killpg(process.pid, signal.SIGINT)
+    _, complaint = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert complaint.startswith("directpred: stopped; ")
+    assert complaint.count("\n") == 1
+
+    summary = json.loads((tmp_path / "stopped" / "summary.json").read_text("utf-8"))
+    assert summary["status"] == "interrupted"
+    assert any(row["probe"]["values"] for row in summary["results"].values())
+    assert len((tmp_path / "stopped" / "metrics.csv").read_text("utf-8").splitlines()) > 1
+
+
+def test_a_failed_run_does_not_take_the_others_along(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--epochs", "1", "--seeds", "1", "--predictors", "none", "--lr", "1e30"]
+    assert main(["compare", *options, "--out", str(tmp_path), "--name", "bad"]) == 1
+    printed = capsys.readouterr()
+    assert "training diverged" in printed.out
+    assert printed.err == "directpred: 1 of 1 runs failed, see above\n"
+    summary = json.loads((tmp_path / "bad" / "summary.json").read_text("utf-8"))
+    assert summary["status"] == "failed"
+    assert "diverged" in summary["failures"]["none seed 0"]
