@@ -1,6 +1,7 @@
 import importlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,35 +19,78 @@ settings.load_profile("directpred")
 
 @dataclass(frozen=True)
 class Backend:
-    """An array library and a device: all that a test of the core needs of it."""
+    """An array library and a device: all that a test of the core needs of it.
+
+    Attributes:
+        module: The library.
+        asarray: From the library and a NumPy array to an array of the library.
+        to_numpy: Back.
+        missing: From the library to why it cannot be used on this machine, or "".
+        mode: From the library to a context in which a test of it runs.
+    """
 
     module: str
-    asarray: Callable[[Any, np.ndarray], Any]
+    asarray: Callable[[Any, np.ndarray], Any] = lambda xp, x: xp.asarray(x)
     to_numpy: Callable[[Any], np.ndarray] = np.asarray
-
-    def array(self, x: Any, dtype: str = "float64") -> Any:
-        x = np.asarray(x)
-        return self.asarray(importlib.import_module(self.module), x.astype(dtype))
+    missing: Callable[[Any], str] = lambda xp: ""
+    mode: Callable[[Any], AbstractContextManager[Any]] = field(default=lambda xp: nullcontext())
 
     @property
-    def kind(self) -> type:
-        return type(self.array([1.0]))
+    def library(self) -> Any:
+        return importlib.import_module(self.module)
+
+    def array(self, x: Any, dtype: str = "float64") -> Any:
+        return self.asarray(self.library, np.asarray(x).astype(dtype))
+
+
+def strict(version: str, **flags: Any) -> Backend:
+    """The reference implementation of one version of the array API standard."""
+    return Backend(
+        "array_api_strict",
+        to_numpy=lambda x: np.from_dlpack(x),
+        mode=lambda xp: xp.ArrayAPIStrictFlags(
+            api_version=version, enabled_extensions=["linalg"], **flags
+        ),
+    )
+
+
+def cupy_devices(cupy: Any) -> str:
+    try:
+        return "" if cupy.cuda.runtime.getDeviceCount() else "no CUDA device"
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        return str(error)
 
 
 BACKENDS = {
-    "numpy": Backend("numpy", lambda np, x: np.asarray(x)),
-    "array-api-strict": Backend(
-        "array_api_strict", lambda xp, x: xp.asarray(x), lambda x: np.from_dlpack(x)
+    "numpy": Backend("numpy"),
+    "array-api-strict-2025.12": strict(
+        "2025.12", boolean_indexing=False, data_dependent_shapes=False
     ),
+    "array-api-strict-2022.12": strict("2022.12"),
     "torch-cpu": Backend("torch", lambda torch, x: torch.from_numpy(x)),
+    "torch-cuda": Backend(
+        "torch",
+        lambda torch, x: torch.from_numpy(x).cuda(),
+        lambda x: x.cpu().numpy(),
+        lambda torch: "" if torch.cuda.is_available() else "no CUDA device",
+    ),
+    "cupy": Backend("cupy", to_numpy=lambda x: x.get(), missing=cupy_devices),
+    "jax": Backend("jax.numpy", mode=lambda jnp: importlib.import_module("jax").enable_x64(True)),
 }
+GPU = {"torch-cuda", "cupy"}
+"""Backends whose tests carry the marker `gpu`."""
 
 
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> Backend:
+@pytest.fixture(
+    params=[pytest.param(name, marks=[pytest.mark.gpu] * (name in GPU)) for name in BACKENDS]
+)
+def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     chosen = BACKENDS[request.param]
-    pytest.importorskip(chosen.module)
-    return chosen
+    library = pytest.importorskip(chosen.module)
+    if missing := chosen.missing(library):
+        pytest.skip(f"{request.param}: {missing}")
+    with chosen.mode(library):
+        yield chosen
 
 
 @pytest.fixture
