@@ -1,6 +1,6 @@
 """DirectPred: set the predictor of BYOL and SimSiam instead of training it."""
 
-from directpred import metrics
+from directpred import losses, metrics
 from directpred.predictor import DirectPred
 from directpred.spectrum import BoostScale, DirectCopy, DirectSet, Eq18, Rule
 
@@ -13,5 +13,6 @@ __all__ = [
     "DirectSet",
     "Eq18",
     "Rule",
+    "losses",
     "metrics",
 ]

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from array_api_compat import array_namespace, is_array_api_obj
 
-from directpred.spectrum import Array
+from directpred.array import Array
 
 
 class Moments(NamedTuple):
@@ -111,7 +111,7 @@ def describe_nonfinite(z: Array) -> str:
     """Say in one sentence why `is_finite` is false for features (..., dim)."""
     xp = array_namespace(z)
     rows = xp.reshape(xp.isfinite(z), (-1, z.shape[-1]))
-    bad = int(xp.sum(xp.astype(~xp.all(rows, axis=1), xp.int64)))
+    bad = int(xp.sum(xp.astype(~xp.all(rows, axis=1), xp.int32)))
     if bad:
         return f"features must be finite, got NaN or infinity in {bad} of {rows.shape[0]} rows"
     largest = float(xp.max(xp.abs(z)))

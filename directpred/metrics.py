@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array_api_compat import array_namespace
 
-from directpred.spectrum import Array
+from directpred.array import Array
 
 
 def alignment(weight: Array, correlation: Array) -> Array:
@@ -46,7 +46,7 @@ def effective_rank(correlation: Array) -> Array:
     s = xp.clip(xp.linalg.eigvalsh(correlation), min=0.0)
     total = xp.sum(s)
     share = s / xp.where(total > 0, total, xp.ones_like(total))
-    entropy = -xp.sum(xp.where(share > 0, share * xp.log(xp.where(share > 0, share, 1.0)), 0.0))
+    entropy = -xp.sum(share * xp.log(xp.where(share > 0, share, xp.ones_like(share))))
     return xp.exp(entropy) * xp.astype(total > 0, s.dtype)
 
 

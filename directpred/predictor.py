@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 from array_api_compat import array_namespace, device
 
+from directpred.array import Array, on_host
 from directpred.correlation import (
     Moments,
     check_features,
@@ -20,9 +21,9 @@ from directpred.correlation import (
     moments,
     moving_average,
 )
-from directpred.solvers import SOLVERS, Solver
-from directpred.spectrum import Array, Eq18, Rule
-from directpred.state import State, from_dict, initial_state, moved, on_host, to_dict
+from directpred.solvers import SOLVERS, Solver, solvable_by_matmul
+from directpred.spectrum import Eq18, Rule
+from directpred.state import State, from_dict, initial_state, moved, to_dict
 
 NonFinite: TypeAlias = Literal["raise", "skip"]
 
@@ -45,8 +46,10 @@ class Options(NamedTuple):
             raise ValueError(f"rho must be in [0, 1), got {self.rho!r}")
         if not isinstance(self.freq, int) or self.freq < 1:
             raise ValueError(f"freq must be an integer ≥ 1, got {self.freq!r}")
-        if self.solver not in ("auto", *SOLVERS):
-            raise ValueError(f"solver must be one of {['auto', *SOLVERS]}, got {self.solver!r}")
+        if self.solver not in SOLVERS:
+            raise ValueError(f"solver must be one of {[*SOLVERS]}, got {self.solver!r}")
+        if self.solver == "matmul" and not solvable_by_matmul(self.rule):
+            raise ValueError(f"solver 'matmul' cannot take {self.rule!r}, which needs 'eigh'")
         if self.nonfinite not in ("raise", "skip"):
             raise ValueError(f"nonfinite must be 'raise' or 'skip', got {self.nonfinite!r}")
         return self
@@ -54,7 +57,7 @@ class Options(NamedTuple):
     @property
     def solve(self) -> Solver:
         """The solver of that name."""
-        return SOLVERS["eigh" if self.solver == "auto" else self.solver]
+        return SOLVERS[self.solver]
 
 
 def advance(state: State, batch: Moments, options: Options, known: bool) -> State:
@@ -115,11 +118,11 @@ def _select(condition: Array, new: Callable[[], Array], old: Array) -> Array:
 
 
 def _number(condition: Array, dtype: Any = None) -> Array:
-    """0 or 1: a Python int for a Python bool, a 0-d array (int64, or the dtype) for an array."""
+    """0 or 1: a Python int for a Python bool, a 0-d array (int32, or the dtype) for an array."""
     if isinstance(condition, bool):
         return int(condition)
     xp = array_namespace(condition)
-    return xp.astype(condition, xp.int64 if dtype is None else dtype)
+    return xp.astype(condition, xp.int32 if dtype is None else dtype)
 
 
 class DirectPred:
@@ -148,7 +151,8 @@ class DirectPred:
         rho: Weight of the old correlation in the moving average, in [0, 1).
         freq: Set the weight every freq-th update.
         center: Whether the weight comes from F̂ − m mᵀ, with m the moving average of the mean.
-        solver: "eigh", or "auto" for the fastest on the device and dim.
+        solver: "eigh" (any rule), "matmul" (matrix products only, no host synchronisation; the
+            rules with a `matrix_power`), or "auto" for the faster on the device.
         nonfinite: What to do with a batch that holds NaN or infinity, or whose correlation
             overflows: "raise" a `ValueError`, or "skip" the step, count it in `skipped` and go on.
 
@@ -308,7 +312,9 @@ class DirectPred:
             return state, accumulated
         xp = array_namespace(z)
         double = z.dtype == xp.float64 or state.weight.dtype.itemsize == 8
-        dtype = xp.float64 if double else xp.float32
+        # Some devices, and JAX as it comes, have no float64.
+        available = xp.__array_namespace_info__().dtypes(device=device(z), kind="real floating")
+        dtype = xp.float64 if double and "float64" in available else xp.float32
         return moved(state, z, dtype), accumulated and moved(accumulated, z, dtype)
 
     def _gather(self, views: tuple[Array, ...]) -> tuple[State, Moments]:

@@ -5,6 +5,9 @@ in ascending order and clipped at 0, so ``s[-1]`` is the spectral norm of the co
 has the same shape and dtype. The weight is then ``U diag(p) Uᵀ``.
 
 Only the shape of the spectrum matters for a cosine loss: ``p`` and ``c · p`` train alike.
+
+A rule that can be had without eigenvectors says so to the matmul solver: its `matrix_power` is the
+power of the correlation that it needs, 0.5 or 1, and `matrix` makes the weight from that.
 """
 
 from __future__ import annotations
@@ -12,12 +15,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from array_api_compat import array_namespace
 
-Array: TypeAlias = Any
-"""An array of any library that follows the array API standard."""
+from directpred.array import Array
+from directpred.matrix import positive_part
 
 Rule: TypeAlias = Callable[[Array], Array]
 """Eigenvalues (dim,) of the correlation, ascending and ≥ 0, to those (dim,) of the weight."""
@@ -45,6 +48,12 @@ class Eq18:
         """Map eigenvalues (dim,), ascending and ≥ 0, to those of the weight (dim,)."""
         return array_namespace(s).sqrt(s) + self.eps * s[-1]
 
+    matrix_power = 0.5
+
+    def matrix(self, powered: Array, largest: Array, eye: Array) -> Array:
+        """W_p from F̂^½, ‖F̂‖ (0-d) and I; the matrices are (dim, dim)."""
+        return powered + (self.eps * largest) * eye
+
 
 @dataclass(frozen=True)
 class DirectSet:
@@ -69,6 +78,15 @@ class DirectSet:
         p = array_namespace(s).sqrt(s) if self.alpha == 0.5 else s**self.alpha
         return p + self.eps * p[-1]
 
+    @property
+    def matrix_power(self) -> float | None:
+        """The power α where products alone give it, 0.5 and 1; else None."""
+        return self.alpha if self.alpha in (0.5, 1) else None
+
+    def matrix(self, powered: Array, largest: Array, eye: Array) -> Array:
+        """W_p from F̂^α, ‖F̂‖ (0-d) and I; the matrices are (dim, dim)."""
+        return powered + (self.eps * largest**self.alpha) * eye
+
 
 @dataclass(frozen=True)
 class DirectCopy:
@@ -88,6 +106,12 @@ class DirectCopy:
     def __call__(self, s: Array) -> Array:
         """Map eigenvalues (dim,), ascending and ≥ 0, to those of the weight (dim,)."""
         return s + self.eps * s[-1]
+
+    matrix_power = 1.0
+
+    def matrix(self, powered: Array, largest: Array, eye: Array) -> Array:
+        """W_p from F̂, ‖F̂‖ (0-d) and I; the matrices are (dim, dim)."""
+        return powered + (self.eps * largest) * eye
 
 
 @dataclass(frozen=True)
@@ -123,6 +147,24 @@ class BoostScale:
         if self.inside:
             return xp.clip(scaled + self.eps, min=self.floor) ** self.power
         return xp.clip(scaled**self.power + self.eps, min=self.floor)
+
+    @property
+    def matrix_power(self) -> float | None:
+        """0.5 for that power with eps outside of it; else None.
+
+        None too for eps < −0.3, which leaves so small a weight that the error of the products,
+        which the eigenvalues before the subtraction decide, would be no small part of it.
+        """
+        return 0.5 if self.power == 0.5 and not self.inside and self.eps >= -0.3 else None
+
+    def matrix(self, powered: Array, largest: Array, eye: Array) -> Array:
+        """W_p from F̂^½, ‖F̂‖ (0-d) and I; the matrices are (dim, dim)."""
+        xp = array_namespace(powered)
+        scaled = powered / xp.sqrt(xp.where(largest > 0, largest, xp.ones_like(largest)))
+        above = self.eps - self.floor
+        if above >= 0:
+            return scaled + self.eps * eye
+        return self.floor * eye + positive_part(scaled + above * eye)
 
 
 def _require(name: str, value: float, holds: bool, expected: str) -> None:

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-from array_api_compat import array_namespace, device, is_array_api_obj, to_device
+from array_api_compat import array_namespace, device, is_array_api_obj, is_jax_array, to_device
 
+from directpred.array import Array, on_host
 from directpred.correlation import Moments
-from directpred.spectrum import Array
 
 VERSION = 1
 
@@ -41,14 +41,9 @@ def initial_state(dim: int) -> State:
     return State(np.zeros_like(eye), np.zeros_like(eye[0]), eye, 0, 0)
 
 
-def on_host(x: Array) -> bool:
-    """Tell whether reading the values of x costs no synchronisation with a device."""
-    return "cpu" in str(device(x)).lower()
-
-
 def to_numpy(x: Any) -> np.ndarray[Any, Any]:
     """Copy an array of any library, or a number, to NumPy."""
-    if is_array_api_obj(x) and not on_host(x):
+    if is_array_api_obj(x) and not is_jax_array(x) and not on_host(x):  # JAX knows no "cpu"
         x = to_device(x, "cpu")
     exports = is_array_api_obj(x) and not hasattr(x, "__array__")
     return (np.from_dlpack(x) if exports else np.asarray(x)).copy()

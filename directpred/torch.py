@@ -7,13 +7,17 @@ step before and gather statistics; backward; optimizer step; then the new weight
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal
 
+import array_api_compat
+import array_api_compat.torch
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from directpred.array import on_host
 from directpred.correlation import (
     Moments,
     check_features,
@@ -24,7 +28,7 @@ from directpred.correlation import (
 )
 from directpred.predictor import NonFinite, Options, advance, check_dim
 from directpred.spectrum import Eq18, Rule
-from directpred.state import State, from_dict, initial_state, moved, on_host, to_dict
+from directpred.state import State, from_dict, initial_state, moved, to_dict
 
 __all__ = ["DirectPredHead"]
 
@@ -225,7 +229,7 @@ class DirectPredHead(nn.Module):
 
     @torch.no_grad()
     def _gather(self, z: Tensor) -> None:
-        with torch.autocast(z.device.type, enabled=False):
+        with _full_precision(z.device):
             gathered = moments(z, self.correlation.dtype)
         if self.options.nonfinite == "raise" and not is_finite(gathered):
             raise ValueError(describe_nonfinite(z))
@@ -251,7 +255,7 @@ class DirectPredHead(nn.Module):
             if abandoned:
                 self._gathered, self._backward_seen = None, False
                 return
-        with torch.autocast(self.weight.device.type, enabled=False):
+        with _full_precision(self.weight.device):
             after = advance(before, batch, self.options, known)
         for name, value in after._asdict().items():
             old = getattr(self, name)
@@ -334,3 +338,48 @@ class DirectPredHead(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: an optimizer's hook belongs to the original."""
         return {**self.__dict__, "_optimizer": None, "_remove_hook": None}
+
+
+@contextmanager
+def _full_precision(device: torch.device) -> Iterator[None]:
+    """Multiply float32 as float32: neither in autocast's dtype nor in TF32 or bfloat16.
+
+    Code being compiled keeps the precision that the user has set, which dynamo cannot change.
+    """
+    with torch.autocast(device.type, enabled=False):
+        if torch.compiler.is_compiling():
+            yield
+            return
+        before = [(matmul, getattr(matmul, _SETTING)) for matmul in _MATMULS]
+        for matmul in _MATMULS:
+            setattr(matmul, _SETTING, _FULL)
+        try:
+            yield
+        finally:
+            for matmul, setting in before:
+                setattr(matmul, _SETTING, setting)
+
+
+# torch 2.9 has one setting for all backends; before, only CUDA's products had one.
+_SETTING, _FULL, _MATMULS = (
+    ("fp32_precision", "ieee", (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul))  # type: ignore[attr-defined]
+    if hasattr(torch.backends.cuda.matmul, "fp32_precision")
+    else ("allow_tf32", False, (torch.backends.cuda.matmul,))
+)
+
+
+def _as_constants() -> None:
+    """Tell dynamo what array-api-compat finds out about tensors, by caches it warns about."""
+
+    def namespace(*xs: Tensor, **kwargs: Any) -> Any:
+        return array_api_compat.torch
+
+    for original, known in (
+        (array_api_compat.array_namespace, namespace),
+        (array_api_compat.is_array_api_obj, lambda x: isinstance(x, Tensor)),
+        (array_api_compat.device, lambda x: x.device),
+    ):
+        torch.compiler.substitute_in_graph(original, skip_signature_check=True)(known)
+
+
+_as_constants()

@@ -8,11 +8,11 @@ from typing import Any
 
 import lightning as L
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 import directpred as dp
+from directpred.losses import iso_loss, regression_loss
 from directpred.reference_trainers.data import Use, seed_of, views
 from directpred.reference_trainers.networks import OnlineNetwork, mlp
 from directpred.reference_trainers.recipe import Recipe
@@ -38,11 +38,6 @@ def build_predictor(recipe: Recipe) -> nn.Module:
         case "none":
             return nn.Identity()
     raise ValueError(f"unknown predictor {recipe.predictor!r}")
-
-
-def negative_cosine(p: Tensor, z: Tensor) -> Tensor:
-    """-2 · the mean cosine between the rows of two (n, dim) tensors, as published."""
-    return -2 * F.cosine_similarity(p, z).mean()
 
 
 class BYOL(L.LightningModule):
@@ -81,9 +76,14 @@ class BYOL(L.LightningModule):
                 target1, target2 = self.target(view1), self.target(view2)
         else:
             target1, target2 = z1, z2
-        return negative_cosine(self.predictor(z1), target2) + negative_cosine(
-            self.predictor(z2), target1
-        )
+        return self.loss(z1, target2) + self.loss(z2, target1)
+
+    def loss(self, z: Tensor, target: Tensor) -> Tensor:
+        """The loss of the features of one view, both (n, dim): how far they predict the target."""
+        prediction = self.predictor(z)
+        if self.recipe.loss == "iso":
+            return iso_loss(z, prediction, target)
+        return regression_loss(prediction, target)
 
     def configure_optimizers(self) -> Optimizer:
         """SGD on all parameters; DirectPred sets its weight after each of the optimizer's steps."""

@@ -27,6 +27,9 @@ LABELS = {
 DATASETS = ("digits",)
 """The data sets by name."""
 
+LOSSES = ("cosine", "iso")
+"""The losses by name."""
+
 Positive = Annotated[int, (1, math.inf)]
 NonNegative = Annotated[float, (0, math.inf)]
 Share = Annotated[float, (0, 1)]
@@ -42,6 +45,7 @@ class Recipe:
     Attributes:
         dataset: One of `DATASETS`.
         predictor: One of `PREDICTORS`.
+        loss: One of `LOSSES`; iso is the cosine's value with IsoLoss's gradient.
         seed: Decides the initial weights, the order of the images and their views.
         epochs: Passes over the training images.
         batch_size: Images a step; an incomplete last batch of an epoch is left out.
@@ -66,6 +70,7 @@ class Recipe:
 
     dataset: Annotated[str, DATASETS] = "digits"
     predictor: Annotated[str, PREDICTORS] = "directpred"
+    loss: Annotated[str, LOSSES] = "cosine"
     seed: Annotated[int, (0, math.inf)] = 0
     epochs: Positive = 30
     batch_size: Annotated[int, (2, math.inf)] = 128

@@ -1,8 +1,11 @@
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_spectrum import RULES
 
 import directpred as dp
+import oracle
 from directpred.solvers import SOLVERS
 
 
@@ -23,24 +26,118 @@ def spectra(rng, dim):
     }
 
 
-@pytest.mark.parametrize("dim", [1, 2, 64, 256])
+@pytest.mark.parametrize("dim", [1, 2, 128])
 @pytest.mark.parametrize(("dtype", "bound"), [("float64", 1e-10), ("float32", 1e-5)])
 @pytest.mark.parametrize(("rule", "expected"), RULES[:2] + RULES[5:8], ids=str)
-@pytest.mark.parametrize("solver", SOLVERS)
-def test_weight_equals_the_oracle(backend, solver, dim, dtype, bound, rule, expected, rng):
+def test_eigh_equals_the_oracle(backend, dim, dtype, bound, rule, expected, rng):
     for name, s in spectra(rng, dim).items():
         u = random_basis(rng, dim)
         correlation = (u * s) @ u.T
         exact = (u * expected(s)) @ u.T
-        weight = SOLVERS[solver](backend.array(correlation, dtype), rule)
-        assert weight.dtype == backend.array([0.0], dtype).dtype
-        weight = backend.to_numpy(weight)
-        error = np.linalg.norm(weight - exact, 2) / np.linalg.norm(exact, 2)
-        assert error <= bound, (name, error)
-        np.testing.assert_array_equal(weight, weight.T)
+        check(backend, SOLVERS["eigh"], correlation, rule, exact, dtype, bound, name)
 
 
-@pytest.mark.parametrize("rule", [rule for rule, _ in RULES], ids=str)
+def check(backend, solve, correlation, rule, exact, dtype, bound, name):
+    weight = solve(backend.array(correlation, dtype), rule)
+    assert weight.dtype == backend.array([0.0], dtype).dtype
+    weight = backend.to_numpy(weight)
+    error = spectral_norm(weight - exact) / spectral_norm(exact)
+    assert error <= bound, (name, error)
+    np.testing.assert_array_equal(weight, weight.T)
+
+
+def spectral_norm(symmetric):
+    return np.abs(np.linalg.eigvalsh(symmetric)).max()
+
+
+BY_MATMUL = [
+    (dp.Eq18(), lambda s: oracle.eq18(s, 0.1)),
+    (dp.Eq18(eps=0.0), lambda s: oracle.eq18(s, 0.0)),
+    (dp.DirectSet(), lambda s: oracle.directset(s, 0.5, 0.1)),
+    (dp.DirectSet(alpha=1, eps=0.2), lambda s: oracle.directset(s, 1, 0.2)),
+    (dp.DirectCopy(), lambda s: oracle.directcopy(s, 0.3)),
+    *(
+        (dp.BoostScale(eps=eps), lambda s, eps=eps: oracle.boost_scale(s, eps, 0.5, False, 1e-4))
+        for eps in (0.01, 0.0, -0.2, -0.3)
+    ),
+]
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [("float64", 2e-7), ("float32", 1e-3)])
+@pytest.mark.parametrize(("rule", "expected"), BY_MATMUL, ids=str)
+def test_matmul_is_within_its_bound_for_any_spectrum(backend, dtype, bound, rule, expected, rng):
+    for dim in (1, 2, 50):
+        more = {
+            "condition 1e12": np.logspace(-12, 0, dim),
+            "one above a cluster": np.where(np.arange(dim) == 0, 1, 0.9985),
+        }
+        for name, s in (spectra(rng, dim) | more).items():
+            u = random_basis(rng, dim)
+            exact = (u * expected(s)) @ u.T
+            correlation = (u * s) @ u.T
+            check(backend, SOLVERS["matmul"], correlation, rule, exact, dtype, bound, name)
+
+
+@pytest.mark.parametrize(("rule", "expected"), BY_MATMUL, ids=str)
+@settings(max_examples=15)
+@given(data=st.data())
+def test_matmul_in_float32_for_drawn_spectra(rule, expected, data):
+    dim = data.draw(st.sampled_from([2, 5, 33, 128]), label="dim")
+    rank = data.draw(st.integers(1, dim), label="rank")
+    exponents = data.draw(st.lists(st.floats(-12, 0), min_size=1, max_size=20), label="exponents")
+    s = np.zeros(dim)
+    s[:rank] = np.resize(10.0 ** np.array([0.0, *exponents]), rank)
+    u = random_basis(np.random.default_rng(dim), dim)
+    exact = (u * expected(s)) @ u.T
+    weight = SOLVERS["matmul"](((u * s) @ u.T).astype(np.float32), rule)
+    assert spectral_norm(weight - exact) <= 1e-3 * spectral_norm(exact)
+
+
+@pytest.mark.parametrize(("rule", "expected"), [BY_MATMUL[0], BY_MATMUL[6]], ids=str)
+def test_matmul_in_float32_at_dim_1024(rule, expected, rng):
+    u = random_basis(rng, 1024)
+    drawn = spectra(rng, 1024)
+    for name in ("rank-deficient", "repeated", "power law"):
+        s = drawn[name]
+        exact = (u * expected(s)) @ u.T
+        weight = SOLVERS["matmul"](((u * s) @ u.T).astype(np.float32), rule)
+        error = spectral_norm(weight - exact) / spectral_norm(exact)
+        assert error <= 1e-3, (name, error)
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        dp.BoostScale(power=0.7),
+        dp.BoostScale(eps=-0.4),
+        dp.BoostScale(inside=True),
+        dp.DirectSet(0.3),
+        np.sqrt,
+    ],
+)
+def test_matmul_refuses_rules_that_need_eigenvectors(rule):
+    with pytest.raises(ValueError, match=r"'matmul' cannot take .*, which needs 'eigh'"):
+        dp.DirectPred(4, rule=rule, solver="matmul")
+    dp.DirectPred(4, rule=rule, solver="auto").update(np.eye(4))
+
+
+@pytest.mark.parametrize(
+    ("rule", "decomposes"),
+    [(dp.DirectCopy(), False), (dp.DirectSet(1), False), (dp.Eq18(), True), (np.sqrt, True)],
+    ids=str,
+)
+def test_auto_on_a_cpu_decomposes_only_for_a_root(monkeypatch, rule, decomposes, rng):
+    calls = []
+    monkeypatch.setattr(
+        "numpy.linalg.eigh", lambda *a, eigh=np.linalg.eigh, **k: calls.append(1) or eigh(*a, **k)
+    )
+    for name in ("eig", "svd", "eigvalsh"):
+        monkeypatch.setattr(f"numpy.linalg.{name}", None)
+    dp.DirectPred(8, rule=rule).update(rng.normal(size=(20, 8)))
+    assert bool(calls) is decomposes
+
+
+@pytest.mark.parametrize("rule", [rule for rule, _ in BY_MATMUL], ids=str)
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_a_correlation_of_zero_gives_a_finite_weight(backend, solver, rule):
     weight = SOLVERS[solver](backend.array(np.zeros((5, 5)), "float32"), rule)

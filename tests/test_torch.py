@@ -422,19 +422,42 @@ def test_copies_and_pickles_are_independent_and_not_attached(closes):
         assert int(other.step_count) >= 1
 
 
-def test_compiled_model_equals_eager():
+@pytest.mark.filterwarnings("error:Dynamo detected")
+@pytest.mark.parametrize("solver", ["eigh", "matmul"])
+@pytest.mark.parametrize("freq", [1, 2])
+def test_compiled_forward_and_step_equal_eager(solver, freq):
     torch.manual_seed(0)
-    eager = nn.Sequential(nn.Linear(8, DIM), DirectPredHead(DIM))
+    torch.compiler.reset()
+    eager = nn.Sequential(nn.Linear(8, DIM), DirectPredHead(DIM, solver=solver, freq=freq))
     compiled = copy.deepcopy(eager)
-    fast = torch.compile(compiled, fullgraph=True, backend="aot_eager")
-    for _ in range(3):
+    options = {"fullgraph": True, "backend": "aot_eager"}
+    forward, step = torch.compile(compiled, **options), torch.compile(compiled[1].step, **options)
+    for number in range(4):
         x = torch.randn(16, 8)
-        eager(x).sum().backward()
-        fast(x).sum().backward()
-        eager[1].step()
-        compiled[1].step()
-    torch.testing.assert_close(compiled[1].weight, eager[1].weight)
+        x[0, 0] = float("nan") if number == 1 else x[0, 0]
+        for model, close in ((eager, eager[1].step), (forward, step)):
+            model(x).sum().backward()
+            close()
+        torch.testing.assert_close(compiled[1].weight, eager[1].weight)
     assert int(compiled[1].step_count) == 3
+    assert int(compiled[1].skipped) == 1
+
+
+def test_products_are_float32_whatever_the_user_allows(rng):
+    """On a GPU "high" is TF32, on some CPUs "medium" is bfloat16."""
+    z = torch.from_numpy(rng.normal(size=(512, 64)).astype(np.float32))
+    exact = oracle.weight([[z.numpy()]], 0.3, lambda s: oracle.eq18(s, 0.1))
+    before = torch.get_float32_matmul_precision()
+    for allowed in ("medium", "high", "highest"):
+        torch.set_float32_matmul_precision(allowed)
+        try:
+            head = DirectPredHead(64)
+            head(z)
+            head.step()
+            assert torch.get_float32_matmul_precision() == allowed
+        finally:
+            torch.set_float32_matmul_precision(before)
+        np.testing.assert_allclose(head.weight, exact, atol=1e-5)
 
 
 def test_repr_tells_the_options():
