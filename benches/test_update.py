@@ -1,60 +1,115 @@
-"""One update of DirectPred on the CPU, next to the three operations it cannot do without.
+"""One update of DirectPred in every array library, next to the operations it cannot do without.
 
-Run with ``pytest benches/test_update.py``. Each group is one size in one library; `update` is the
-object's whole step (checks, statistics, moving average, solver), `floor` a bare matrix product,
-eigendecomposition and product that rebuilds the weight. ``--benchmark-json`` keeps, under
-`extra_info`, the median ratio of the two measured in turn, which a drifting machine leaves alone.
+The floor is a bare matrix product, eigendecomposition, and product that rebuilds the weight.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
-from statistics import median
 from typing import Any
 
 import numpy as np
 import pytest
 
 import directpred as dp
+from conftest import Bench
+from directpred.solvers import SOLVERS
 
 ROWS = 512
-ROUNDS = {128: 100, 256: 60, 512: 20, 1024: 7, 2048: 3}
+FLOOR = "matrix product + eigh + rebuild"
+SOLVER_NAMES = ["eigh", "matmul"]
+
+Call = Callable[[], object]
 
 
-def numpy_floor(z: np.ndarray) -> np.ndarray:
-    s, u = np.linalg.eigh(z.T @ z)
+def floor(xp: Any, z: Any) -> Any:
+    s, u = xp.linalg.eigh(z.T @ z)
     return (u * s) @ u.T
 
 
-def torch_floor(z: Any) -> Any:
-    import torch
-
-    s, u = torch.linalg.eigh(z.T @ z)
-    return (u * s) @ u.T
+def numpy_calls(z: np.ndarray[Any, Any], solver: str) -> tuple[Call, Call]:
+    predictor = dp.DirectPred(z.shape[1], solver=solver)
+    return lambda: predictor.update(z), lambda: floor(np, z)
 
 
-def seconds(call: Callable[..., Any], *args: Any) -> float:
-    start = time.perf_counter()
-    call(*args)
-    return time.perf_counter() - start
+def torch_calls(z: np.ndarray[Any, Any], solver: str, device: str) -> tuple[Call, Call]:
+    torch = pytest.importorskip("torch")
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    from predictors import synchronize
+
+    x = torch.from_numpy(z).to(device)
+    predictor = dp.DirectPred(x.shape[1], solver=solver, nonfinite="skip")
+
+    def update() -> None:
+        predictor.update(x)
+        synchronize(device)
+
+    def bare() -> None:
+        floor(torch, x)
+        synchronize(device)
+
+    return update, bare
 
 
-@pytest.mark.parametrize("dim", ROUNDS)
-@pytest.mark.parametrize("library", ["numpy", "torch"])
-@pytest.mark.parametrize("what", ["floor", "update"])
-def test_update(benchmark: Any, library: str, dim: int, what: str) -> None:
-    z: Any = np.random.default_rng(0).normal(size=(ROWS, dim)).astype(np.float32)
-    if library == "torch":
-        torch = pytest.importorskip("torch")
-        torch.set_num_threads(2)
-        z = torch.from_numpy(z)
-    floor = numpy_floor if library == "numpy" else torch_floor
-    update = dp.DirectPred(dim).update
-    benchmark.group = f"{library}, dim {dim}, {ROWS} rows"
-    benchmark.pedantic(
-        floor if what == "floor" else update, (z,), rounds=ROUNDS[dim], warmup_rounds=1
-    )
-    if what == "update":
-        ratios = [1 / (seconds(floor, z) / seconds(update, z)) for _ in range(ROUNDS[dim])]
-        benchmark.extra_info["update / floor, paired median"] = round(median(ratios), 3)
+def cupy_calls(z: np.ndarray[Any, Any], solver: str) -> tuple[Call, Call]:
+    cupy = pytest.importorskip("cupy")
+    try:
+        cupy.cuda.runtime.getDeviceCount()
+    except cupy.cuda.runtime.CUDARuntimeError:
+        pytest.skip("no CUDA device")
+    x = cupy.asarray(z)
+    predictor = dp.DirectPred(x.shape[1], solver=solver, nonfinite="skip")
+
+    def update() -> None:
+        predictor.update(x)
+        cupy.cuda.Device().synchronize()
+
+    def bare() -> None:
+        floor(cupy, x)
+        cupy.cuda.Device().synchronize()
+
+    return update, bare
+
+
+def jax_calls(z: np.ndarray[Any, Any], solver: str, platform: str) -> tuple[Call, Call]:
+    jax = pytest.importorskip("jax")
+    dpj = pytest.importorskip("directpred.jax", reason="no directpred.jax in this version")
+    try:
+        place = jax.devices(platform)[0]
+    except RuntimeError:
+        pytest.skip("no CUDA device")
+    x = jax.device_put(z, place)
+    state = jax.device_put(dpj.init(x.shape[1], solver=solver), place)
+    advance = jax.jit(dpj.update)
+    bare = jax.jit(lambda x: floor(jax.numpy, x))
+
+    def update() -> None:
+        nonlocal state
+        state, weight = advance(state, x)
+        weight.block_until_ready()
+
+    return update, lambda: bare(x).block_until_ready()
+
+
+BACKENDS: dict[str, Callable[[Any, str], tuple[Call, Call]]] = {
+    "NumPy": numpy_calls,
+    "torch, CPU": lambda z, solver: torch_calls(z, solver, "cpu"),
+    "JAX jit, CPU": lambda z, solver: jax_calls(z, solver, "cpu"),
+    "torch, GPU": lambda z, solver: torch_calls(z, solver, "cuda"),
+    "CuPy": cupy_calls,
+    "JAX jit, GPU": lambda z, solver: jax_calls(z, solver, "gpu"),
+}
+
+
+@pytest.mark.parametrize("solver", SOLVER_NAMES)
+@pytest.mark.parametrize(
+    "backend",
+    [pytest.param(b, marks=[pytest.mark.gpu] * ("GPU" in b or b == "CuPy")) for b in BACKENDS],
+)
+def test_update(bench: Bench, backend: str, solver: str, dim: int) -> None:
+    if solver not in SOLVERS:
+        pytest.skip(f"no solver {solver!r} in this version")
+    z = np.random.default_rng(0).normal(size=(ROWS, dim)).astype(np.float32)
+    update, bare = BACKENDS[backend](z, solver)
+    bench.time(update, bare, FLOOR, group="update", name=backend, solver=solver, dim=dim, rows=ROWS)

@@ -1,8 +1,12 @@
 import importlib
+import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
+
+# The matrices are small, and the threads of several libraries in one process hold each other up.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
@@ -44,7 +48,11 @@ class Backend:
 
 
 def strict(version: str, **flags: Any) -> Backend:
-    """The reference implementation of one version of the array API standard."""
+    """The reference implementation of one version of the array API standard.
+
+    The oldest that the package supports is 2023.12: the one before has no `clip`, cannot tell the
+    dtypes of a device, and its arrays do not export to NumPy 2.
+    """
     return Backend(
         "array_api_strict",
         to_numpy=lambda x: np.from_dlpack(x),

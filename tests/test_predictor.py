@@ -4,7 +4,7 @@ import pickle
 import numpy as np
 import pytest
 from array_api_compat import array_namespace
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import directpred as dp
@@ -94,6 +94,7 @@ def test_center_subtracts_the_average_mean(backend, rng):
     assert np.linalg.norm(backend.to_numpy(predictor.correlation)) > 100
 
 
+@settings(max_examples=30)
 @given(
     cuts=st.lists(st.integers(1, 39), unique=True, max_size=6),
     rho=st.floats(0, 0.99),

@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import directpred as dp
@@ -25,6 +25,7 @@ spectra = st.lists(st.floats(1e-12, 1e6), min_size=1, max_size=20).map(sorted)
 
 
 @pytest.mark.parametrize(("rule", "expected"), RULES, ids=str)
+@settings(max_examples=30)
 @given(s=spectra)
 def test_rules_equal_the_oracle(backend, rule, expected, s):
     p = backend.to_numpy(rule(backend.array(s)))

@@ -1,0 +1,205 @@
+"""DirectPred for JAX: the state is a pytree, and every function is pure.
+
+``init`` makes a state, ``update`` takes one step of the method and ``apply`` predicts. All may be
+jitted, vmapped (over states and features, for an ensemble) and differentiated: gradient flows
+through ``apply`` to the features; the statistics and the weight are constants.
+
+In a training step, apply the weight of the step before, and update after the optimizer::
+
+    loss = ... dpj.apply(state, z1) ...
+    state, weight = dpj.update(state, z1, z2)
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import reduce
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike, DTypeLike
+
+from directpred import state as core
+from directpred.correlation import check_features, merge, moments
+from directpred.predictor import Options, advance, check_dim
+from directpred.spectrum import Eq18, Rule
+
+__all__ = ["State", "apply", "init", "load_state_dict", "state_dict", "update"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class State:
+    """All that a predictor remembers from step to step: a pytree of five arrays.
+
+    Orbax saves it as any pytree; so does `flax.serialization`, if flax is imported before the
+    state is made. Both restore into a state made by `init`, from which the options come.
+
+    Attributes:
+        correlation: F̂ of Eq. 19, uncentred, (dim, dim).
+        mean: Moving average of the features' mean, (dim,).
+        weight: W_p, (dim, dim), the identity until the first update.
+        step_count: Number of updates that entered F̂, 0-d int32.
+        skipped: Number of updates left out because they were not finite, 0-d int32.
+        options: The options given to `init`; static, so rules must be hashable.
+    """
+
+    correlation: jax.Array
+    mean: jax.Array
+    weight: jax.Array
+    step_count: jax.Array
+    skipped: jax.Array
+    options: Options = field(metadata={"static": True})
+
+    def __post_init__(self) -> None:
+        _register_with_flax()
+
+
+def init(
+    dim: int,
+    rule: Rule = Eq18(),  # noqa: B008 - frozen
+    rho: float = 0.3,
+    freq: int = 1,
+    center: bool = False,
+    solver: str = "auto",
+    dtype: DTypeLike = jnp.float32,
+) -> State:
+    """Make the state before the first update.
+
+    Args:
+        dim: Width of the features.
+        rule: Spectral rule, one of `directpred.spectrum` or any hashable callable s -> p.
+        rho: Weight of the old correlation in the moving average, in [0, 1).
+        freq: Set the weight every freq-th update.
+        center: Whether the weight comes from the centred correlation.
+        solver: As `directpred.DirectPred`.
+        dtype: Of statistics and weight, float32, or float64 where JAX is set to have it.
+
+    Raises:
+        TypeError: dim is no integer, or rule no callable or not hashable.
+        ValueError: Another option is out of its range.
+    """
+    options = Options(rule, rho, freq, center, solver, nonfinite="skip").validate()
+    try:
+        hash(options)
+    except TypeError:
+        raise TypeError(f"rule must be hashable, to be static under jit, got {rule!r}") from None
+    available = jnp.__array_namespace_info__().dtypes(kind="real floating").values()
+    if (dtype := jnp.dtype(dtype)) not in available:
+        names = " or ".join(map(str, available))
+        raise ValueError(f"dtype must be {names} (see jax_enable_x64), got {dtype}")
+    return _from_core(core.initial_state(check_dim(dim)), dtype, options)
+
+
+def update(state: State, *views: ArrayLike, axis_name: Hashable = None) -> tuple[State, jax.Array]:
+    """Take one step with all rows of all views: Eq. 19, and the weight where it is due.
+
+    A batch that is not finite, or whose correlation overflows, leaves the state as it was and is
+    counted in `skipped`. With freq > 1 the solve is computed at every update.
+
+    Args:
+        state: The state before the step.
+        *views: One or more arrays of features, (..., n, dim) with any n ≥ 1 of its own, real
+            floating. All their rows enter as one batch.
+        axis_name: Name, or tuple of names, of the mapped axes (of `pmap`, `shard_map`, `vmap`) to
+            sum the statistics over, so that the batch is the global one. Under plain `jit` arrays
+            that are sharded over devices are global without it.
+
+    Returns:
+        The state after the step, and its weight, (dim, dim).
+
+    Raises:
+        TypeError: No views; one is not an array of JAX or NumPy, or not real floating.
+        ValueError: A view is of another width or has no rows.
+    """
+    if not views:
+        raise TypeError("expected at least one array of features, got none")
+    features = [_checked(z, state) for z in views]
+    dtype = state.weight.dtype
+    # Accelerators multiply float32 in fewer bits unless told not to.
+    with jax.default_matmul_precision("highest"):
+        batch = reduce(merge, (moments(jax.lax.stop_gradient(z), dtype) for z in features))
+        if axis_name is not None:
+            batch = jax.lax.psum(batch, axis_name)  # type: ignore[no-untyped-call]
+        before = jax.lax.stop_gradient(_to_core(state))
+        after = advance(before, batch, state.options, known=False)
+    return replace(state, **after._asdict()), after.weight
+
+
+def apply(state: State, z: ArrayLike) -> jax.Array:
+    """Predict: z @ weight. The gradient flows through to z; the weight is a constant.
+
+    Args:
+        state: The state; one of `init` has the identity for its weight.
+        z: Features, (..., n, dim), real floating.
+
+    Returns:
+        The prediction, in the shape and dtype of z.
+
+    Raises:
+        TypeError, ValueError: As `update`.
+    """
+    features = _checked(z, state)
+    return features @ jax.lax.stop_gradient(state.weight).astype(features.dtype)
+
+
+def state_dict(state: State) -> dict[str, Any]:
+    """Return the state in the entries that `DirectPred` and the torch head load and save."""
+    return core.to_dict(_to_core(state), None)
+
+
+def load_state_dict(state: State, entries: Mapping[str, Any]) -> State:
+    """Return the saved state of any predictor, with the options and dtype of a state of `init`.
+
+    Args:
+        state: Where dim, options and dtype come from.
+        entries: What a `state_dict` gave, with arrays of any library.
+
+    Raises:
+        ValueError: Of another version, dim or set of entries; not finite; or within a step that is
+            not closed yet, which a `State` cannot hold.
+    """
+    loaded, accumulated = core.from_dict(entries, state.mean.shape[-1])
+    if accumulated is not None:
+        raise ValueError("the state holds an open step: call step() before it is saved")
+    return _from_core(loaded, state.weight.dtype, state.options)
+
+
+def _checked(z: Any, state: State) -> jax.Array:
+    check_features(z, state.mean.shape[-1])
+    if not isinstance(z, jax.Array | np.ndarray):
+        raise TypeError(f"expected features of JAX or NumPy, got {type(z).__name__}")
+    return jnp.asarray(z)
+
+
+def _to_core(state: State) -> core.State:
+    return core.State(*(getattr(state, name) for name in core.State._fields))
+
+
+def _from_core(state: core.State, dtype: Any, options: Options) -> State:
+    arrays = {
+        name: jnp.asarray(x, dtype=dtype if isinstance(x, np.ndarray) else jnp.int32)
+        for name, x in state._asdict().items()
+    }
+    return State(**arrays, options=options)
+
+
+def _register_with_flax() -> None:
+    """Tell `flax.serialization`, which saves only types registered with it, about `State`."""
+    if flax := sys.modules.get("flax.serialization"):
+        flax.register_serialization_state(
+            State, lambda state: _to_core(state)._asdict(), _restored, override=True
+        )
+
+
+def _restored(state: State, entries: Mapping[str, Any]) -> State:
+    like = _to_core(state)._asdict()
+    shapes, got = ({n: np.shape(x) for n, x in d.items()} for d in (like, entries))
+    if got != shapes:
+        raise ValueError(f"expected a DirectPred state of shapes {shapes}, got {got}")
+    arrays = {name: jnp.asarray(entries[name], x.dtype) for name, x in like.items()}
+    return State(**arrays, options=state.options)
