@@ -1,7 +1,7 @@
 """Run all benches and write benches/results/<device>.json and .md.
 
-python benches/run.py          about 10 minutes on two CPU cores
-python benches/run.py --quick  about 3, a few sizes; writes <device>-quick.*, which git ignores
+python benches/run.py          about 15 minutes on two CPU cores
+python benches/run.py --quick  about 4, a few sizes; writes <device>-quick.*, which git ignores
 python benches/run.py --full   also what takes half a minute a step
 """
 

@@ -172,6 +172,7 @@ class Comparison:
         seeds = len({recipe.seed for recipe in self.recipes})
         title = f"{self.base.dataset}, {self.base.epochs} epochs, "
         title += "1 seed" if seeds == 1 else f"mean ± std of {seeds} seeds"
+        control = any(recipe.predictor == "no_stopgrad" for recipe in self.recipes)
         caption = "no stop-gradient: DirectPred with its gradient also through the target"
         table = Table(
             title=title,

@@ -79,10 +79,10 @@ def test_matmul_is_within_its_bound_for_any_spectrum(backend, dtype, bound, rule
 
 
 @pytest.mark.parametrize(("rule", "expected"), BY_MATMUL, ids=str)
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(data=st.data())
 def test_matmul_in_float32_for_drawn_spectra(rule, expected, data):
-    dim = data.draw(st.sampled_from([2, 5, 33, 128]), label="dim")
+    dim = data.draw(st.integers(2, 1024), label="dim")
     rank = data.draw(st.integers(1, dim), label="rank")
     exponents = data.draw(st.lists(st.floats(-12, 0), min_size=1, max_size=20), label="exponents")
     s = np.zeros(dim)

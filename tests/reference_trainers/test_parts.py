@@ -99,6 +99,22 @@ def test_gradient_reaches_the_target_only_without_the_stop(
         targets.append(z)
         return -(p * z).mean()
 
-    monkeypatch.setattr(byol, "negative_cosine", remember)
+    monkeypatch.setattr(byol, "regression_loss", remember)
     model.training_step(digits().train.inputs[:16], 0)
     assert [z.requires_grad for z in targets] == 2 * [predictor == "no_stopgrad"]
+
+
+def test_iso_has_the_value_of_the_cosine_and_another_gradient() -> None:
+    images = digits().train.inputs[:32]
+    losses, gradients = [], []
+    for loss in ("cosine", "iso"):
+        model = BYOL(Recipe(loss=loss))
+        for _ in range(2):  # the first step is applied with the identity, through which both go
+            model.zero_grad()
+            value = model.training_step(images, 0)
+            value.backward()
+            model.predictor.step()
+        losses.append(value.item())
+        gradients.append(model.online.projector[-1].weight.grad)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert not torch.allclose(*gradients, rtol=1e-2)
