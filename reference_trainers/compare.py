@@ -176,7 +176,7 @@ class Comparison:
         caption = "no stop-gradient: DirectPred with its gradient also through the target"
         table = Table(
             title=title,
-            caption=caption,
+            caption=caption if control else None,
             box=box.SIMPLE_HEAD,
             pad_edge=False,
             padding=(0, 0, 0, 1),  # so that it fits a terminal of 80 columns
