@@ -30,7 +30,7 @@ def grad_of(backend_name, f, x):
         x = torch.tensor(x, requires_grad=True)
         value = f(x)
         value.backward()
-        return float(value), x.grad.numpy()
+        return value.item(), x.grad.numpy()
     jax = pytest.importorskip("jax")
     with jax.enable_x64(True):
         value, gradient = jax.value_and_grad(f)(jax.numpy.asarray(x))
