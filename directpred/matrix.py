@@ -46,7 +46,7 @@ def largest_eigenvalue(matrix: Array) -> Array:
         matrix: (dim, dim), float32 or float64.
 
     Returns:
-        A 0-d array, within a relative `tolerance(dtype)` of the largest eigenvalue, and rounding;
+        A 0-d array, within a relative `tolerance(matrix)` of the largest eigenvalue, and rounding;
         0 for a matrix of zeros.
     """
     xp = array_namespace(matrix)
@@ -68,9 +68,8 @@ def square_root(matrix: Array, largest: Array) -> Array:
     """The square root of a symmetric positive semi-definite matrix by a coupled iteration.
 
     With x = √s for the eigenvalues s of the matrix over `largest`, odd quintics p_k are composed
-    to h(x) = p_n(…p_1(x)) ≈ 1; in Y_k = p_k(Y_{k−1} …) → A^½ h(A^½) no root is ever taken: with
-    p(x) = x q(x²), Y ← Y q(Z Y) and Z ← q(Z Y) Z, from Y = A and Z = I. Each step costs four
-    products. An eigenvalue that is too small for h to reach 1 contributes only its own root, so
+    to h(x) = p_n(…p_1(x)) ≈ 1, and Y → A^½ h(A^½) without a root taken: with p(x) = x q(x²),
+    Y ← Y q(Z Y) and Z ← q(Z Y) Z, from Y = A and Z = I. A step costs four products. An eigenvalue that is too small for h to reach 1 contributes only its own root, so
     the error is bounded for every spectrum, as in the table above.
 
     Source: the coupled Newton–Schulz iteration, with the minimax polynomials that Amsel et al.,
@@ -81,7 +80,7 @@ def square_root(matrix: Array, largest: Array) -> Array:
         largest: Its largest eigenvalue, as `largest_eigenvalue` gives it, 0-d.
 
     Returns:
-        Its square root, exactly symmetric, (dim, dim), within 3e-4 (float32) or 1e-8 (float64) of
+        Its square root, exactly symmetric, (dim, dim), within 3e-4 (float32) or 1e-7 (float64) of
         its own norm in spectral norm.
     """
     xp = array_namespace(matrix)
@@ -107,7 +106,7 @@ def positive_part(matrix: Array) -> Array:
             `largest_eigenvalue`.
 
     Returns:
-        (dim, dim), exactly symmetric, within 3e-4 (float32) or 1e-8 (float64) in spectral norm.
+        (dim, dim), exactly symmetric, within 3e-4 (float32) or 1e-7 (float64) in spectral norm.
     """
     xp = array_namespace(matrix)
     eye = xp.eye(matrix.shape[0], dtype=matrix.dtype, device=device(matrix))

@@ -50,8 +50,8 @@ def eigh(correlation: Array, rule: Rule) -> Array:
 def matmul(correlation: Array, rule: Rule) -> Array:
     """Solve by a fixed number of matrix products; rules that have a `matrix_power`.
 
-    No host synchronisation, safe in a CUDA graph; the error is at
-    most 1e-3 of ‖W_p‖ in spectral norm in float32, whatever the spectrum, and 2e-7 in float64.
+    No host synchronisation, so it can be captured in a CUDA graph. The error is at most 1e-3 of
+    ‖W_p‖ in spectral norm in float32, whatever the spectrum, and 2e-7 in float64.
 
     Args:
         correlation: Symmetric (dim, dim), float32 or float64, finite.

@@ -80,8 +80,8 @@ def from_dict(entries: Mapping[str, Any], dim: int) -> tuple[State, Moments | No
         ValueError: An entry is missing or unknown, of another shape, or not finite; or the version
             is not the one of this release.
     """
-    version = entries.get("version")
-    if version is None or int(version) != VERSION:
+    version: Any = entries.get("version")
+    if np.ndim(version) or version != VERSION:
         raise ValueError(f"expected a DirectPred state of version {VERSION}, got {version!r}")
     shapes = {
         "correlation": (dim, dim),
@@ -106,5 +106,7 @@ def from_dict(entries: Mapping[str, Any], dim: int) -> tuple[State, Moments | No
         # What was accumulated may hold NaN: with nonfinite="skip" it is judged at the step.
         if x.dtype.kind not in "fiu" or not (np.isfinite(x).all() or "accumulated" in name):
             raise ValueError(f"{name} must hold finite numbers, got {x.dtype} {x}")
+        if not shapes[name] and not (x >= 0 and x == int(x)):
+            raise ValueError(f"{name} must be a whole number ≥ 0, got {x}")
     values = [x if x.ndim else int(x) for x in arrays.values()]
     return State(*values[:5]), Moments(*values[5:]) if values[5:] else None
