@@ -69,8 +69,9 @@ def square_root(matrix: Array, largest: Array) -> Array:
 
     With x = √s for the eigenvalues s of the matrix over `largest`, odd quintics p_k are composed
     to h(x) = p_n(…p_1(x)) ≈ 1, and Y → A^½ h(A^½) without a root taken: with p(x) = x q(x²),
-    Y ← Y q(Z Y) and Z ← q(Z Y) Z, from Y = A and Z = I. A step costs four products. An eigenvalue that is too small for h to reach 1 contributes only its own root, so
-    the error is bounded for every spectrum, as in the table above.
+    Y ← Y q(Z Y) and Z ← q(Z Y) Z, from Y = A and Z = I. A step costs four products. An eigenvalue
+    that is too small for h to reach 1 contributes only its own root, so the error is bounded for
+    every spectrum, as in the table above.
 
     Source: the coupled Newton–Schulz iteration, with the minimax polynomials that Amsel et al.,
     "The Polar Express" (arXiv 2505.16932), use for the matrix sign.
