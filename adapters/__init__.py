@@ -1,1 +1,4 @@
-"""Adapters: ``directpred.adapters.X`` replaces the learned predictor of codebase X."""
+"""Adapters: ``directpred.adapters.X`` replaces the learned predictor of codebase X.
+
+Each has ``replace_predictor(model, optimizer=None, **head_options)`` and ``restore(model)``.
+"""

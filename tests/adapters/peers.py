@@ -1,0 +1,230 @@
+"""The codebases whose predictor is replaced, each as its users run it, on real digits.
+
+A `Peer` has the model, its optimizer, and one step of the codebase's own training loop.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from torch import nn
+
+ROWS = 16
+SOURCES = {
+    "simsiam": "DIRECTPRED_SIMSIAM",
+    "pytorch_byol": "DIRECTPRED_PYTORCH_BYOL",
+    "luckmatters": "DIRECTPRED_LUCKMATTERS",
+    "solo_learn": "DIRECTPRED_SOLO_LEARN",
+}
+"""The environment variable that points at a checkout of each codebase that is no package."""
+
+
+def source(name):
+    """The checkout of a codebase; without one the test is skipped."""
+    folder = os.environ.get(SOURCES[name])
+    if not folder:
+        pytest.skip(f"{SOURCES[name]} does not point at a checkout of {name}")
+    return Path(folder)
+
+
+def views(step, size=16, rows=ROWS):
+    """Two views (rows, 3, size, size) of the same digits, the same ones for the same step."""
+    images = torch.from_numpy(load_digits().images).float() / 16
+    generator = torch.Generator().manual_seed(step)
+    chosen = images[torch.randint(len(images), (rows,), generator=generator)]
+    batch = nn.functional.interpolate(chosen[:, None], size=(size, size)).expand(-1, 3, -1, -1)
+    return [batch + 0.2 * torch.randn(batch.shape, generator=generator) for _ in range(2)]
+
+
+def backbone(width=16):
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, 2, 1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, width, 3, 2, 1),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+    )
+
+
+def record(head):
+    """The features of each step, list by list of views, as they enter the head from now on."""
+    batches, steps = [], []
+
+    def see(module, args):
+        if module.training:
+            if steps[-1:] != [int(module.step_count)]:
+                steps.append(int(module.step_count))
+                batches.append([])
+            batches[-1].append(args[0].detach().double().numpy())
+
+    head.register_forward_pre_hook(see)
+    return batches
+
+
+class Peer:
+    """What the tests need of a codebase; a subclass makes `model` in `build` and takes a `loss`."""
+
+    size = 16
+
+    def __init__(self):
+        torch.manual_seed(0)
+        self.model = self.build()
+        self.optimizer = self.make_optimizer()
+        self.taken = 0
+
+    def make_optimizer(self):
+        return torch.optim.SGD(self.model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-4)
+
+    def step(self):
+        loss = self.loss(*views(self.taken, self.size))
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self.taken += 1
+        return loss.item()
+
+    def save(self):
+        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def load(self, saved):
+        self.model.load_state_dict(saved["model"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+
+
+class LightlyBYOL(Peer):
+    adapter, predictor = "lightly", "prediction_head"
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            from lightly.models import modules, utils
+
+            self.backbone = backbone()
+            self.projection_head = modules.BYOLProjectionHead(16, 32, 8)
+            self.prediction_head = modules.BYOLPredictionHead(8, 32, 8)
+            self.target = nn.Sequential(backbone(), modules.BYOLProjectionHead(16, 32, 8))
+            utils.deactivate_requires_grad(self.target)
+
+        def forward(self, x):
+            return self.prediction_head(self.projection_head(self.backbone(x)))
+
+    def build(self):
+        return self.Model()
+
+    def loss(self, x1, x2):
+        from lightly.loss import NegativeCosineSimilarity
+        from lightly.models.utils import update_momentum
+
+        criterion, model = NegativeCosineSimilarity(), self.model
+        update_momentum(model.backbone, model.target[0], m=0.9)
+        update_momentum(model.projection_head, model.target[1], m=0.9)
+        with torch.no_grad():
+            t1, t2 = model.target(x1), model.target(x2)
+        return 0.5 * (criterion(model(x1), t2) + criterion(model(x2), t1))
+
+
+class LightlySimSiam(Peer):
+    adapter, predictor = "lightly", "prediction_head"
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            from lightly.models import modules
+
+            self.backbone = backbone()
+            self.projection_head = modules.SimSiamProjectionHead(16, 32, 8)
+            self.prediction_head = modules.SimSiamPredictionHead(8, 4, 8)
+
+        def forward(self, x):
+            z = self.projection_head(self.backbone(x))
+            return z.detach(), self.prediction_head(z)
+
+    def build(self):
+        return self.Model()
+
+    def loss(self, x1, x2):
+        from lightly.loss import NegativeCosineSimilarity
+
+        criterion = NegativeCosineSimilarity()
+        (z1, p1), (z2, p2) = self.model(x1), self.model(x2)
+        return 0.5 * (criterion(p1, z2) + criterion(p2, z1))
+
+
+class ByolPytorch(Peer):
+    adapter, predictor = "byol_pytorch", "online_predictor"
+    momentum = True
+
+    def build(self):
+        from byol_pytorch import BYOL
+
+        return BYOL(
+            backbone(),
+            image_size=self.size,
+            hidden_layer=-1,
+            projection_size=8,
+            projection_hidden_size=32,
+            augment_fn=nn.Identity(),
+            use_momentum=self.momentum,
+            use_simplicial_embeddings=False,
+        )
+
+    def loss(self, x1, x2):
+        self.model.augment1, self.model.augment2 = Fixed(x1), Fixed(x2)
+        return self.model(x1)
+
+    def step(self):
+        loss = super().step()
+        if self.momentum:
+            self.model.update_moving_average()
+        return loss
+
+
+class Fixed(nn.Module):
+    """An augmentation of byol-pytorch that gives the view it is told to."""
+
+    def __init__(self, view):
+        super().__init__()
+        self.view = view
+
+    def forward(self, x):
+        return self.view
+
+
+class ByolPytorchSimSiam(ByolPytorch):
+    momentum = False
+
+
+class SimSiam(Peer):
+    """facebookresearch/simsiam: the step of its `train()`, which itself needs CUDA."""
+
+    adapter, predictor, size = "simsiam", "predictor", 32
+
+    def build(self):
+        folder = source("simsiam")
+        torchvision = pytest.importorskip("torchvision")
+        sys.path.insert(0, str(folder))
+        try:
+            from simsiam.builder import SimSiam as Model
+        finally:
+            sys.path.remove(str(folder))
+        return Model(torchvision.models.resnet18, dim=32, pred_dim=8)
+
+    def make_optimizer(self):
+        groups = [
+            {"params": self.model.encoder.parameters(), "fix_lr": False},
+            {"params": self.model.predictor.parameters(), "fix_lr": True},
+        ]
+        return torch.optim.SGD(groups, 0.05, momentum=0.9, weight_decay=1e-4)
+
+    def loss(self, x1, x2):
+        criterion = nn.CosineSimilarity(dim=1)
+        p1, p2, z1, z2 = self.model(x1=x1, x2=x2)
+        return -(criterion(p1, z2).mean() + criterion(p2, z1).mean()) * 0.5
+
+
+PEERS = [LightlyBYOL, LightlySimSiam, ByolPytorch, ByolPytorchSimSiam, SimSiam]
