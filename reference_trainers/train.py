@@ -7,11 +7,12 @@ import signal
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
+from unittest import mock
 
 import lightning as L
 import torch
@@ -74,17 +75,28 @@ def fit(
         done = checkpoint.read(resume)[0]["global_step"] if resume else 0
         batches = Batches(data.train.inputs, recipe.batch_size, recipe.seed, done)
         monitor = Monitor(data, report)
-        trainer = L.Trainer(
-            accelerator="cpu",  # the digits' networks are too small to gain from a GPU
-            max_epochs=recipe.epochs,
-            callbacks=[monitor, checkpoint.Checkpoints(path, stop)],
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
+        with _without_entry_points():
+            trainer = L.Trainer(
+                accelerator="cpu",  # the digits' networks are too small to gain from a GPU
+                max_epochs=recipe.epochs,
+                callbacks=[monitor, checkpoint.Checkpoints(path, stop)],
+                logger=False,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+            )
         trainer.fit(BYOL(recipe), batches, ckpt_path=resume, weights_only=True)
     return Run(recipe, monitor.history, time.perf_counter() - started)
+
+
+def _without_entry_points() -> AbstractContextManager[object]:
+    """Keep installed packages from adding callbacks of theirs to the trainer.
+
+    stable-pretraining adds fourteen to every one, which print, monitor and save; a run should be
+    the same everywhere.
+    """
+    registry = "lightning.fabric.utilities.registry"
+    return mock.patch(f"{registry}.entry_points", create=True, return_value=())
 
 
 def total_steps(recipe: Recipe) -> int:
