@@ -86,6 +86,7 @@ def find(model: nn.Module, wanted: Predicate, looked_for: str) -> Found:
 def replace(
     found: Found,
     optimizer: Optimizer | Iterable[Optimizer] | None = None,
+    kind: type[DirectPredHead] = DirectPredHead,
     **head_options: Any,
 ) -> DirectPredHead:
     """Put a `DirectPredHead` where a learned predictor stands.
@@ -100,6 +101,7 @@ def replace(
             are taken out, and the head closes its steps after `optimizer.step()`. Of several, it is
             the first that holds parameters of the model apart from the predictor's. Wrappers that
             keep a torch optimizer in their attribute ``optimizer`` are looked through.
+        kind: A subclass, where the codebase calls its predictor in another way.
         **head_options: Options of `DirectPredHead`.
 
     Returns:
@@ -124,7 +126,7 @@ def replace(
     defaults: dict[str, Any] = {"device": old[0].device}
     if old[0].dtype == torch.float64:
         defaults["dtype"] = torch.float64
-    head = DirectPredHead(dim, **{**defaults, **head_options}).train(predictor.training)
+    head = kind(dim, **{**defaults, **head_options}).train(predictor.training)
 
     for owner, name in found.slots:
         setattr(owner, name, head)

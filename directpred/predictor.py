@@ -44,8 +44,10 @@ class Options(NamedTuple):
             raise TypeError(f"rule must be a callable s -> p such as Eq18(), got {self.rule!r}")
         if not 0 <= self.rho < 1:
             raise ValueError(f"rho must be in [0, 1), got {self.rho!r}")
-        if not isinstance(self.freq, int) or self.freq < 1:
+        if not isinstance(self.freq, int) or isinstance(self.freq, bool) or self.freq < 1:
             raise ValueError(f"freq must be an integer ≥ 1, got {self.freq!r}")
+        if not isinstance(self.center, bool):
+            raise TypeError(f"center must be True or False, got {self.center!r}")
         if self.solver not in SOLVERS:
             raise ValueError(f"solver must be one of {[*SOLVERS]}, got {self.solver!r}")
         if self.solver == "matmul" and not solvable_by_matmul(self.rule):

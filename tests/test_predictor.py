@@ -336,6 +336,8 @@ def test_a_rule_that_gives_infinity_is_named(backend, rng, nonfinite):
         ({"rho": -0.1}, ValueError, "rho must be in"),
         ({"rho": float("nan")}, ValueError, "rho must be in"),
         ({"freq": 0}, ValueError, "freq must be an integer ≥ 1, got 0"),
+        ({"freq": True}, ValueError, "freq must be an integer ≥ 1, got True"),
+        ({"center": "no"}, TypeError, "center must be True or False, got 'no'"),
         ({"freq": 1.5}, ValueError, "freq must be an integer ≥ 1, got 1.5"),
         ({"solver": "svd"}, ValueError, r"solver must be one of \['auto', 'eigh'.*got 'svd'"),
         ({"nonfinite": "ignore"}, ValueError, "nonfinite must be 'raise' or 'skip'"),

@@ -5,8 +5,21 @@ from pathlib import Path
 
 import pytest
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-EXAMPLES = re.findall(r"^```python\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {name: ROOT / name for name in ("README.md", "CONTRIBUTING.md", "adapters/README.md")}
+EXAMPLES = [
+    example
+    for page in PAGES.values()
+    for example in re.findall(
+        r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE
+    )
+]
+LINKS = [
+    (name, link)
+    for name, page in PAGES.items()
+    for link in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8"))
+]
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda text: text.split("\n")[0])
@@ -20,15 +33,13 @@ def test_there_are_examples():
 
 
 def test_its_bench_tables_are_those_of_the_committed_results():
-    results = "".join(
-        path.read_text() for path in Path(__file__).parents[1].glob("benches/results/*.md")
-    )
+    results = "".join(path.read_text() for path in ROOT.glob("benches/results/*.md"))
     quoted = README[README.index("\n## Speed") : README.index("\n## Licence")]
     rows = [line for line in quoted.splitlines() if line.startswith("|")]
     assert rows
     assert [row for row in rows if row not in results] == []
 
 
-@pytest.mark.parametrize("link", re.findall(r"\]\((?!https?:)([^)#]+)", README))
-def test_linked_files_exist(link):
-    assert (Path(__file__).parents[1] / link).exists()
+@pytest.mark.parametrize(("page", "link"), LINKS)
+def test_linked_files_exist(page, link):
+    assert (PAGES[page].parent / link).exists()

@@ -12,6 +12,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import nn
 
+REPOSITORY = Path(__file__).parents[2]
 ROWS = 16
 SOURCES = {
     "simsiam": "DIRECTPRED_SIMSIAM",
@@ -60,7 +61,8 @@ def record(head):
             if steps[-1:] != [int(module.step_count)]:
                 steps.append(int(module.step_count))
                 batches.append([])
-            batches[-1].append(args[0].detach().double().numpy())
+            (z,) = args[0] if isinstance(args[0], list) else args  # mmpretrain gives a list
+            batches[-1].append(z.detach().double().numpy())
 
     head.register_forward_pre_hook(see)
     return batches
@@ -227,4 +229,56 @@ class SimSiam(Peer):
         return -(criterion(p1, z2).mean() + criterion(p2, z1).mean()) * 0.5
 
 
-PEERS = [LightlyBYOL, LightlySimSiam, ByolPytorch, ByolPytorchSimSiam, SimSiam]
+class MMPretrainBYOL(Peer):
+    adapter, predictor, size = "mmpretrain", "head.predictor", 32
+    kind = "BYOL"
+
+    def build(self):
+        from mmengine.logging import MessageHub
+        from mmpretrain.models import selfsup
+
+        # The runner's: BYOL's schedule of the target reads it.
+        MessageHub.get_current_instance().update_info("max_iters", 1000)
+
+        def neck(**options):
+            options = {"num_layers": 2, "with_bias": True, "with_last_bn": False} | options
+            return {"type": "NonLinearNeck", "norm_cfg": {"type": "BN1d"}, **options}
+
+        return getattr(selfsup, self.kind)(
+            backbone={
+                "type": "mmpretrain.ResNet",
+                "depth": 18,
+                "stem_channels": 8,
+                "base_channels": 8,
+                "norm_cfg": {"type": "BN"},
+            },
+            neck={
+                **neck(in_channels=64, hid_channels=32, out_channels=16),
+                "_scope_": "mmpretrain",
+            },
+            head={
+                "type": "mmpretrain.LatentPredictHead",
+                "loss": {"type": "CosineSimilarityLoss"},
+                "predictor": neck(
+                    in_channels=16, hid_channels=32, out_channels=16, with_avg_pool=False
+                ),
+            },
+        )
+
+    def loss(self, x1, x2):
+        return self.model([x1, x2], None, mode="loss")["loss"]
+
+
+class MMPretrainSimSiam(MMPretrainBYOL):
+    kind = "SimSiam"
+
+
+PEERS = [
+    MMPretrainBYOL,
+    MMPretrainSimSiam,
+    LightlyBYOL,
+    LightlySimSiam,
+    ByolPytorch,
+    ByolPytorchSimSiam,
+    SimSiam,
+]

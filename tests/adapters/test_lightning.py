@@ -11,12 +11,12 @@ import oracle
 torch = pytest.importorskip("torch")
 pytest.importorskip("lightning")
 import lightning.pytorch as pl  # noqa: E402
-from peers import ROWS, LightlyBYOL, backbone, record, views  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.utils.data import DataLoader, Dataset  # noqa: E402
 
 from directpred.adapters.lightning import DirectPredCallback  # noqa: E402
 from directpred.torch import DirectPredHead  # noqa: E402
+from peers import ROWS, LightlyBYOL, backbone, record, views  # noqa: E402
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),

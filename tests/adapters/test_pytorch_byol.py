@@ -12,11 +12,11 @@ import pytest
 import oracle
 
 torch = pytest.importorskip("torch")
-from peers import record, source, views  # noqa: E402
 from torch import nn  # noqa: E402
 
 from directpred.adapters import pytorch_byol  # noqa: E402
 from directpred.torch import DirectPredHead  # noqa: E402
+from peers import record, source, views  # noqa: E402
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning:torchvision"),

@@ -9,9 +9,10 @@ import pytest
 torch = pytest.importorskip("torch")
 import torch.distributed as dist  # noqa: E402
 import torch.multiprocessing as mp  # noqa: E402
-from peers import ROWS, LightlyBYOL, LightlySimSiam, SimSiam, views  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.nn.parallel import DistributedDataParallel  # noqa: E402
+
+from peers import ROWS, LightlyBYOL, LightlySimSiam, SimSiam, views  # noqa: E402
 
 STEPS = 5
 KINDS = {kind.__name__: kind for kind in (LightlySimSiam, SimSiam, LightlyBYOL)}
