@@ -40,6 +40,11 @@ def test_its_bench_tables_are_those_of_the_committed_results():
     assert [row for row in rows if row not in results] == []
 
 
+def test_its_diff_is_one_that_is_run():
+    (diff,) = re.findall(r"^```diff\n.*?^```", README, flags=re.DOTALL | re.MULTILINE)
+    assert diff in PAGES["adapters/README.md"].read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize(("page", "link"), LINKS)
 def test_linked_files_exist(page, link):
     assert (PAGES[page].parent / link).exists()

@@ -38,6 +38,14 @@ def test_the_same_seed_gives_the_same_numbers(
     assert fit(RECIPE, tmp_path / "run.ckpt").history == uninterrupted[0].history
 
 
+def test_installed_packages_add_no_callbacks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = "lightning.fabric.utilities.registry"
+    monkeypatch.setattr(f"{registry}.entry_points", lambda group: pytest.fail(f"loads {group}"))
+    fit(Recipe(epochs=1, predictor="none"), tmp_path / "run.ckpt")
+
+
 @pytest.mark.parametrize("stop_at", [1, STEPS + 3, 2 * STEPS], ids=["first", "middle", "end"])
 def test_a_resumed_run_is_the_uninterrupted_one(
     uninterrupted: tuple[Run, dict[str, Any]], tmp_path: Path, stop_at: int
