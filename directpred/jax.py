@@ -8,6 +8,9 @@ In a training step, apply the weight of the step before, and update after the op
 
     loss = ... dpj.apply(state, z1) ...
     state, weight = dpj.update(state, z1, z2)
+
+``update`` is ``close`` after ``gather``. Apart they spread a step over micro-batches, whose moments
+`directpred.correlation.merge` adds up.
 """
 
 from __future__ import annotations
@@ -24,11 +27,20 @@ import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
 from directpred import state as core
-from directpred.correlation import check_features, merge, moments
+from directpred.correlation import Moments, check_features, merge, moments
 from directpred.predictor import Options, advance, check_dim
 from directpred.spectrum import Eq18, Rule
 
-__all__ = ["State", "apply", "init", "load_state_dict", "state_dict", "update"]
+__all__ = [
+    "State",
+    "apply",
+    "close",
+    "gather",
+    "init",
+    "load_state_dict",
+    "state_dict",
+    "update",
+]
 
 
 @jax.tree_util.register_dataclass
@@ -116,6 +128,23 @@ def update(state: State, *views: ArrayLike, axis_name: Hashable = None) -> tuple
         TypeError: No views; one is not an array of JAX or NumPy, or not real floating.
         ValueError: A view is of another width or has no rows.
     """
+    return close(state, gather(state, *views), axis_name)
+
+
+def gather(state: State, *views: ArrayLike) -> Moments:
+    """Sum the statistics of a micro-batch, for `close`; those of several merge by addition.
+
+    Args:
+        state: The state, from which width and dtype come.
+        *views: As for `update`.
+
+    Returns:
+        The moments of all rows: Σ z zᵀ (dim, dim) and Σ z (dim,) in the dtype of the state, and
+        the number of rows, 0-d int32. A pytree, constant for differentiation.
+
+    Raises:
+        TypeError, ValueError: As `update`.
+    """
     if not views:
         raise TypeError("expected at least one array of features, got none")
     features = [_checked(z, state) for z in views]
@@ -123,10 +152,35 @@ def update(state: State, *views: ArrayLike, axis_name: Hashable = None) -> tuple
     # Accelerators multiply float32 in fewer bits unless told not to.
     with jax.default_matmul_precision("highest"):
         batch = reduce(merge, (moments(jax.lax.stop_gradient(z), dtype) for z in features))
-        if axis_name is not None:
-            batch = jax.lax.psum(batch, axis_name)  # type: ignore[no-untyped-call]
-        before = jax.lax.stop_gradient(_to_core(state))
-        after = advance(before, batch, state.options, known=False)
+    return batch._replace(rows=jnp.asarray(batch.rows, jnp.int32))
+
+
+def close(state: State, batch: Moments, axis_name: Hashable = None) -> tuple[State, jax.Array]:
+    """Close a step with what was gathered for it: Eq. 19, and the weight where it is due.
+
+    Moments of no rows leave the state as it was; those that are not finite do too, and are counted
+    in `skipped`.
+
+    Args:
+        state: The state before the step.
+        batch: What `gather` gave, merged over the micro-batches of the step.
+        axis_name: As for `update`.
+
+    Returns:
+        The state after the step, and its weight, (dim, dim).
+
+    Raises:
+        ValueError: The moments are of another width.
+    """
+    if (got := np.shape(batch.outer)) != (expected := state.weight.shape):
+        raise ValueError(f"moments must be of shape {expected}, got {got}")
+    if axis_name is not None:
+        batch = jax.lax.psum(batch, axis_name)  # type: ignore[no-untyped-call]
+    before = jax.lax.stop_gradient(_to_core(state))
+    with jax.default_matmul_precision("highest"):
+        after = advance(before, jax.lax.stop_gradient(batch), state.options, known=False)
+    empty = jnp.asarray(batch.rows == 0, after.skipped.dtype)  # not finite, but no step either
+    after = after._replace(skipped=after.skipped - empty)
     return replace(state, **after._asdict()), after.weight
 
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp  # noqa: E402
 from jax.sharding import PartitionSpec  # noqa: E402
 
 import directpred.jax as dpj  # noqa: E402
+from directpred.correlation import merge  # noqa: E402
 
 DIM = 5
 pytestmark = pytest.mark.filterwarnings("error")
@@ -80,6 +81,55 @@ def test_weight_equals_the_oracle(rng, x64):
         state, weight = dpj.update(state, *views)
         exact = oracle.weight(steps[:step], 0.5, lambda s: oracle.eq18(s, 0.1))
         assert relative_error(weight, exact) <= 1e-10
+
+
+@pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_micro_batches_that_are_merged_equal_one_update(rng, transform):
+    gather, close = transform(dpj.gather), transform(dpj.close)
+    state = whole = dpj.init(DIM, rho=0.5, center=True)
+    for views in batches(rng):
+        first, second = gather(state, *views), gather(state, views[0][:3])
+        assert all(isinstance(x, jax.Array) for x in first)
+        assert (int(first.rows), int(second.rows)) == (sum(map(len, views)), 3)
+        state, weight = close(state, merge(first, second))
+        whole, expected = dpj.update(whole, *views, views[0][:3])
+        np.testing.assert_allclose(weight, expected, atol=5e-6)
+        np.testing.assert_allclose(state.mean, whole.mean, atol=1e-6)
+    assert int(state.step_count) == 4
+
+
+def test_a_step_scans_over_its_micro_batches(rng):
+    state, z = dpj.init(DIM), rng.normal(size=(3, 8, DIM)).astype("float32")
+    zero = jax.tree.map(jnp.zeros_like, dpj.gather(state, z[0]))
+    batch, _ = jax.lax.scan(lambda sums, z: (merge(sums, dpj.gather(state, z)), None), zero, z)
+    np.testing.assert_allclose(dpj.close(state, batch)[1], dpj.update(state, z)[1], atol=5e-6)
+
+
+@pytest.mark.parametrize("freq", [1, 2])
+def test_closing_without_rows_is_no_step(rng, freq):
+    state = trained(rng, freq=freq)
+    zero = jax.tree.map(jnp.zeros_like, dpj.gather(state, np.ones((2, DIM), "float32")))
+    same_state(jax.jit(dpj.close)(state, zero)[0], state)
+
+
+def test_moments_of_another_width_are_named(rng):
+    batch = dpj.gather(dpj.init(1), np.ones((2, 1), "float32"))  # would broadcast
+    with pytest.raises(ValueError, match=r"of shape \(5, 5\), got \(1, 1\)"):
+        dpj.close(trained(rng), batch)
+
+
+def test_gathered_moments_are_constants(rng):
+    z = jnp.asarray(rng.normal(size=(6, DIM)), "float32")
+
+    def through(z):
+        batch = dpj.gather(dpj.init(DIM), z)
+        return (
+            jnp.sum(batch.outer)
+            + jnp.sum(batch.total)
+            + jnp.sum(dpj.close(dpj.init(DIM), batch)[1])
+        )
+
+    assert not jax.grad(through)(z).any()
 
 
 def test_apply_is_a_product_with_the_weight_in_the_dtype_of_z(rng):
@@ -186,7 +236,7 @@ def test_zero_and_collapsed_features_give_a_finite_weight(value, solver):
     ],
 )
 def test_bad_features_are_named_also_when_traced(transform, z, error, message):
-    for call in (dpj.update, dpj.apply):
+    for call in (dpj.update, dpj.gather, dpj.apply):
         with pytest.raises(error, match=message):
             transform(call)(dpj.init(DIM), z)
 

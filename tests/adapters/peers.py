@@ -19,6 +19,7 @@ SOURCES = {
     "pytorch_byol": "DIRECTPRED_PYTORCH_BYOL",
     "luckmatters": "DIRECTPRED_LUCKMATTERS",
     "solo_learn": "DIRECTPRED_SOLO_LEARN",
+    "deepmind_byol": "DIRECTPRED_DEEPMIND_BYOL",
 }
 """The environment variable that points at a checkout of each codebase that is no package."""
 

@@ -26,6 +26,12 @@ assert len(heads) == 1 and heads[0].step_count > 1
 """
 
 
+CHECKS = {
+    "flax": "\nassert int(model.predictor.step_count[...]) == 60\n",
+    "haiku": "\nassert int(state['predictor']['directpred'].state.step_count) == 60\n",
+}
+
+
 def test_every_diff_is_known_here():
     assert TEXT.count("```diff") == len(SCRIPTS)
     assert set(SCRIPTS) - set(EXAMPLES) == set(SOURCE_FILES)
@@ -39,11 +45,11 @@ def test_a_diff_is_short(script):
 
 @pytest.mark.parametrize("script", [s for s in EXAMPLES if "mmpretrain" not in s])
 def test_an_example_trains_with_it(script, tmp_path):
-    name = "lightly" if "lightly" in script else script.split("/")[1].removesuffix("_digits.py")
+    name = re.sub(r"examples/|_(digits|byol|lightning_simsiam)\.py", "", script)
     pytest.importorskip(name)
     patched = apply(hunks(script), (REPOSITORY / script).read_text())
     path = tmp_path / "script.py"
-    path.write_text(patched + (CHECK if "directpred.adapters.flax" not in patched else ""))
+    path.write_text(patched + CHECKS.get(name, CHECK))
     arguments = ["0", "2"] if script.endswith("lightly_byol.py") else []
     done = subprocess.run(
         [sys.executable, path, *arguments],
@@ -61,6 +67,7 @@ SOURCE_FILES = {
     "main.py": "pytorch_byol",
     "ssl/real-dataset/main.py": "luckmatters",
     "main_pretrain.py": "solo_learn",
+    "byol/main_loop.py": "deepmind_byol",
 }
 
 
