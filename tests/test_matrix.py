@@ -64,7 +64,8 @@ def test_the_documented_table_is_what_the_functions_give():
     for steps, products, error in rows:
         polynomials = matrix.sign_polynomials(int(steps))
         assert int(products) == 4 * int(steps) - 3
-        assert f"{matrix.root_error(polynomials):.1e}" == error
+        # The last digits of the smallest errors are rounding, which differs between machines.
+        assert matrix.root_error(polynomials) == pytest.approx(float(error), rel=0.2)
 
 
 @pytest.mark.parametrize("dim", [1, 2, 3, 64, 300])
