@@ -10,11 +10,14 @@ from typing import Any
 import lightning as L
 import torch
 
-from directpred.reference_trainers.byol import BYOL
-from directpred.reference_trainers.errors import Interrupted, UsageError, UserError
-from directpred.reference_trainers.recipe import Recipe
+from .errors import Interrupted, UsageError, UserError
+from .recipe import Recipe
+from .siamese import Siamese
 
-_PARTS = ("recipe", "state_dict", "optimizer_states", "loops", "callbacks", "epoch", "global_step")
+_PARTS = (
+    *("recipe", "channels", "data", "steps_per_epoch", "state_dict", "optimizer_states"),
+    *("loops", "callbacks", "epoch", "global_step"),
+)
 
 
 class Checkpoints(L.Callback):
@@ -22,16 +25,24 @@ class Checkpoints(L.Callback):
 
     Args:
         path: The file.
+        data: Directory of the data set, which the checkpoint remembers.
         stop: Asked after every step; once it says yes the run is saved and ended with
             `Interrupted`.
     """
 
-    def __init__(self, path: Path, stop: Callable[[], bool]) -> None:
-        self.path, self.stop = path, stop
+    def __init__(self, path: Path, data: Path | None, stop: Callable[[], bool]) -> None:
+        self.path, self.data, self.stop = path, data, stop
+
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Remember where the images are."""
+        checkpoint["data"] = None if self.data is None else str(self.data.absolute())
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         """End the run if that was asked for; the last step of an epoch leaves it to the epoch."""
-        if not trainer.is_last_batch and self.stop():
+        between_steps = trainer.fit_loop._should_accumulate()
+        if not trainer.is_last_batch and not between_steps and self.stop():
             self._save_and_stop(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, *_: Any) -> None:
@@ -45,7 +56,7 @@ class Checkpoints(L.Callback):
         raise Interrupted(f"stopped and saved after step {trainer.global_step}")
 
 
-def read(path: Path) -> tuple[dict[str, Any], BYOL]:
+def read(path: Path) -> tuple[dict[str, Any], Siamese]:
     """Read a checkpoint; nothing in the file is executed.
 
     Args:
@@ -65,7 +76,7 @@ def read(path: Path) -> tuple[dict[str, Any], BYOL]:
             content = torch.load(path, map_location="cpu", weights_only=True)
         if missing := [part for part in _PARTS if part not in content]:
             raise KeyError(f"it lacks {', '.join(missing)}")
-        model = BYOL(Recipe.parse(content["recipe"]))
+        model = Siamese(Recipe.parse(content["recipe"]), content["channels"])
         model.load_state_dict(content["state_dict"])
     except Exception as error:  # whatever torch.load makes of a file that is not its own
         own = isinstance(error, (KeyError, UsageError))

@@ -14,8 +14,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
-from directpred.reference_trainers.errors import Interrupted, UsageError, UserError
-from directpred.reference_trainers.recipe import PREDICTORS, Recipe, descriptions
+from .errors import Interrupted, UsageError, UserError
+from .recipe import COMPARED, PREDICTORS, Recipe, descriptions
 
 _CONFIGS = Path(__file__).parent / "configs"
 _TRAIN_EXTRA = {
@@ -24,8 +24,11 @@ _TRAIN_EXTRA = {
     "matplotlib",
     "rich",
     "sklearn",
+    "safetensors",
     "threadpoolctl",
+    "timm",
     "torch",
+    "torchvision",
     "yaml",
 }
 
@@ -90,9 +93,9 @@ def _parser() -> _Parser:
     compare.add_argument(
         "--predictors",
         type=_predictors,
-        default=PREDICTORS,
+        default=COMPARED,
         metavar="A,B",
-        help=f"which, of {', '.join(PREDICTORS)}; all by default",
+        help=f"which, of {', '.join(PREDICTORS)}; default: {','.join(COMPARED)}",
     )
     compare.add_argument("--seeds", type=_count, default=3, help="how many; default: 3")
     compare.add_argument(
@@ -101,18 +104,49 @@ def _parser() -> _Parser:
         default=min(8, os.cpu_count() or 1),
         help="processes; the numbers do not depend on it; default: as many as cores, at most 8",
     )
+    _add_config(compare)
+    _add_data(compare)
     _add_out(compare)
     _add_recipe(compare, without=("predictor", "seed"))
 
     train = command("train", _train, "Train one predictor by a recipe.")
-    train.add_argument("--config", help="YAML file, or the name of one that comes with the package")
+    _add_config(train)
     train.add_argument("--resume", type=Path, metavar="CHECKPOINT", help="go on with a run")
+    _add_data(train)
+    train.add_argument(
+        "--workers", type=int, default=0, help="processes that decode images from files; default: 0"
+    )
+    train.add_argument("--devices", type=_count, default=1, help="processes a node; default: 1")
+    train.add_argument("--nodes", type=_count, default=1, help="default: 1")
     _add_out(train)
     _add_recipe(train)
 
     evaluate = command("evaluate", _evaluate, "Linear probe and k-NN of a checkpoint.")
     evaluate.add_argument("--checkpoint", type=Path, required=True, metavar="PATH")
+    _add_data(evaluate)
+    evaluate.add_argument(
+        "--workers", type=int, default=0, help="processes that decode images from files; default: 0"
+    )
+    evaluate.add_argument(
+        "--features", type=Path, metavar="PATH", help="write the encoder's features to this .npz"
+    )
+    evaluate.add_argument(
+        "--backbone",
+        type=Path,
+        metavar="PATH",
+        help="write the encoder's weights to this .safetensors; a ResNet's are torchvision's",
+    )
     return parser
+
+
+def _add_config(parser: _Parser) -> None:
+    names = ", ".join(sorted(path.stem for path in _CONFIGS.glob("*.yaml")))
+    parser.add_argument("--config", help=f"YAML file, or one of {names}")
+
+
+def _add_data(parser: _Parser) -> None:
+    parser.add_argument("--data", type=Path, metavar="DIR", help="where the images are")
+    parser.add_argument("--download", action="store_true", help="download what is missing there")
 
 
 def _add_out(parser: _Parser) -> None:
@@ -180,11 +214,15 @@ def _config(name: str) -> dict[str, Any]:
 
 
 def _compare(options: argparse.Namespace) -> None:
-    recipe = _recipe(options)
+    recipe = (_config(options.config) if options.config else {}) | _recipe(options)
+    recipe = {name: value for name, value in recipe.items() if name not in ("predictor", "seed")}
     Recipe.parse(recipe)
-    from directpred.reference_trainers.compare import compare
+    from .compare import compare
+    from .train import Machine
 
-    compare(recipe, options.predictors, options.seeds, options.out, options.name, options.workers)
+    machine = Machine(options.data, options.download)
+    names, seeds = options.predictors, options.seeds
+    compare(recipe, names, seeds, options.out, options.name, options.workers, machine)
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -192,12 +230,14 @@ def _train(options: argparse.Namespace) -> None:
         raise UsageError("--resume goes on with the run's own recipe; leave out --config")
     recipe = (_config(options.config) if options.config else {}) | _recipe(options)
     Recipe.parse(recipe)
-    from directpred.reference_trainers.train import train
+    from .train import Machine, train
 
-    train(recipe, options.out, options.name, options.resume)
+    given = (options.data, options.download, options.workers, options.devices, options.nodes)
+    train(recipe, options.out, options.name, options.resume, Machine(*given))
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from directpred.reference_trainers.evaluate import evaluate
+    from .evaluate import evaluate
 
-    evaluate(options.checkpoint)
+    given = options.data, options.download, options.workers, options.features, options.backbone
+    evaluate(options.checkpoint, *given)

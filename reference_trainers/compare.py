@@ -19,13 +19,14 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from directpred.reference_trainers import records
-from directpred.reference_trainers.errors import Interrupted, UserError
-from directpred.reference_trainers.monitor import Measurement
-from directpred.reference_trainers.plot import plot
-from directpred.reference_trainers.progress import Progress, one_line, open_console
-from directpred.reference_trainers.recipe import LABELS, Recipe
-from directpred.reference_trainers.train import Run, fit, total_steps
+from . import records
+from .datasets import load
+from .errors import Interrupted, UserError
+from .monitor import Measurement
+from .plot import plot
+from .progress import Progress, one_line, open_console
+from .recipe import LABELS, Recipe
+from .train import Machine, Run, check, fit
 
 COLUMNS = {
     "probe": ("linear probe\ntop-1, %", 1),
@@ -43,6 +44,7 @@ def compare(
     out: Path,
     name: str | None,
     workers: int,
+    machine: Machine,
 ) -> None:
     """Train every predictor with every seed; write a table, a picture, and all the numbers.
 
@@ -53,20 +55,21 @@ def compare(
         out: Where the runs are.
         name: Of this one.
         workers: Processes to share the runs; the numbers do not depend on it.
+        machine: Where the images are.
 
     Raises:
         UserError: Something is wrong with the options or the directory, or a run failed.
         Interrupted: By Ctrl-C; the finished runs are written.
     """
     base = Recipe.parse(options)
-    total_steps(base)
+    check(base, load(base.dataset, machine.data, machine.download))
     recipes = [
         replace(base, predictor=predictor, seed=seed)
         for seed in range(seeds)
         for predictor in predictors
     ]
     directory = records.new_directory(out, name, "compare")
-    comparison = Comparison(directory, base, recipes)
+    comparison = Comparison(directory, base, recipes, machine)
     console = open_console()
     try:
         with Progress(console, total=base.epochs * len(recipes)) as progress:
@@ -89,10 +92,14 @@ class Comparison:
         directory: Of the comparison.
         base: The recipe that the runs share.
         recipes: One for each run.
+        machine: Where the images are.
     """
 
-    def __init__(self, directory: Path, base: Recipe, recipes: Sequence[Recipe]) -> None:
+    def __init__(
+        self, directory: Path, base: Recipe, recipes: Sequence[Recipe], machine: Machine
+    ) -> None:
         self.directory, self.base, self.recipes = directory, base, recipes
+        self.machine = machine
         self.runs: dict[Recipe, Run] = {}
         self.failures: dict[Recipe, str] = {}
         self.started = time.perf_counter()
@@ -111,7 +118,7 @@ class Comparison:
         try:
             with _deaf_to_interrupts():
                 waiting: dict[Future[Run], Recipe] = {
-                    pool.submit(_work, recipe, self._checkpoint(recipe)): recipe
+                    pool.submit(_work, recipe, self._checkpoint(recipe), self.machine): recipe
                     for recipe in self.recipes
                 }
             while waiting:
@@ -260,10 +267,11 @@ def _deaf_to_interrupts() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _work(recipe: Recipe, checkpoint: Path) -> Run:
+def _work(recipe: Recipe, checkpoint: Path, machine: Machine) -> Run:
     return fit(
         recipe,
         checkpoint,
+        machine=machine,
         report=lambda epoch, _: _events.put((_title(recipe), epoch)),
         stop=_stop.is_set,
     )

@@ -10,53 +10,58 @@ import torch
 from torch import Tensor, nn
 
 from directpred.metrics import alignment, effective_rank, spread
-from directpred.reference_trainers.byol import BYOL
-from directpred.reference_trainers.data import Data, Split
-from directpred.reference_trainers.errors import UserError
-from directpred.reference_trainers.probe import knn, linear_probe
 from directpred.torch import DirectPredHead
+
+from .batches import evaluation_batches
+from .datasets import Dataset, Files, Memory
+from .errors import UserError
+from .probes import Split, knn, linear_probe, logistic_regression
+from .siamese import Siamese
+from .views import build_views
 
 Measurement: TypeAlias = dict[str, float | list[float]]
 """One value, or one for each of the d dimensions, by the name of the metric."""
 
+BATCH = 512
+UNLABELLED = 10_000
+"""Images of a set without labels that are looked at."""
 
-@torch.no_grad()
-def measure(model: BYOL, data: Data) -> Measurement:
+
+def measure(model: Siamese, data: Dataset, workers: int = 0) -> Measurement:
     """Evaluate the frozen model.
 
-    ``probe`` and ``knn`` are top-1 in percent on the encoder's features; ``spread`` and
-    ``effective_rank`` describe the features that enter the predictor, on the held-out images.
-    ``alignment`` is between the predictor and the correlation of these features, for predictors
-    that are a matrix. A DirectPred head has its eigenvalues told too, ``correlation_eigenvalues``
-    of F̂ and ``weight_eigenvalues``. All vectors are in ascending order of the correlation's
-    eigenvalues.
+    On the encoder's features of the labelled images, in percent: ``probe`` and ``probe_top5`` after
+    the last epoch of the probe, ``probe_best`` after its best, and ``knn`` and ``knn_top5`` of the
+    20, ``knn200`` of the 200 nearest neighbours. ``spread`` and ``effective_rank`` describe the
+    features that enter the predictor, on the held-out images. ``alignment`` is between the
+    predictor and the correlation of these features, for predictors that are a matrix. A DirectPred
+    head has its eigenvalues told too, ``correlation_eigenvalues`` of F̂ and ``weight_eigenvalues``.
+    All vectors are in ascending order of the correlation's eigenvalues.
 
     Args:
         model: Its mode is left as it was.
-        data: Images on the model's device.
+        data: The data set; of one without labels only what needs none is measured.
+        workers: Processes that decode files.
 
     Returns:
         Plain numbers by name.
 
     Raises:
-        UserError: The features are not finite: training has diverged.
+        UserError: The features are not finite: training has diverged; or an image is unreadable.
     """
-    training = model.training
-    model.eval()
-    train, test = (model.online.encoder(split.inputs) for split in data)
-    z = model.online.projector(test)
-    model.train(training)
-    if not (train.isfinite().all() and z.isfinite().all()):
+    held_out = data.test or data.train or data.pretrain
+    features, z = extract(model, held_out, workers, limit=None if data.test else UNLABELLED)
+    if not (features.isfinite().all() and z.isfinite().all()):
         raise UserError("training diverged: the features are not finite (try a lower lr)")
-
-    features = Split(train, data.train.labels), Split(test, data.test.labels)
+    measured: Measurement = {}
+    if data.train is not None and data.test is not None and model.recipe.probe != "none":
+        train = Split(extract(model, data.train, workers)[0], _labels(data.train, model))
+        measured |= accuracies(
+            train, Split(features, _labels(data.test, model)), len(data.classes), model.recipe.probe
+        )
     correlation = z.T @ z / len(z)
-    measured: Measurement = {
-        "probe": linear_probe(*features),
-        "knn": knn(*features),
-        "spread": float(spread(z)),
-        "effective_rank": float(effective_rank(correlation)),
-    }
+    measured["spread"] = float(spread(z))
+    measured["effective_rank"] = float(effective_rank(correlation))
     if isinstance(model.predictor, nn.Linear):
         measured["alignment"] = alignment(model.predictor.weight.T, correlation).tolist()
     if isinstance(model.predictor, DirectPredHead):
@@ -64,6 +69,57 @@ def measure(model: BYOL, data: Data) -> Measurement:
         measured["correlation_eigenvalues"] = _spectrum(model.predictor.correlation)
         measured["weight_eigenvalues"] = _spectrum(model.predictor.weight)
     return measured
+
+
+def accuracies(train: Split, test: Split, classes: int, protocol: str) -> Measurement:
+    """Linear probe, by the protocol of that name, and nearest neighbours, in percent."""
+    measured: Measurement = {}
+    if protocol == "logistic":
+        measured["probe"], measured["probe_top5"] = logistic_regression(train, test)
+    else:
+        result = linear_probe(train, test, classes)
+        measured["probe"], measured["probe_top5"] = result.last
+        measured["probe_best"] = result.best.top1
+    if len(train.labels) >= 20:
+        measured["knn"], measured["knn_top5"] = knn(train, test, classes, 20)
+    if len(train.labels) >= 200:
+        measured["knn200"] = knn(train, test, classes, 200).top1
+    return measured
+
+
+@torch.no_grad()
+def extract(
+    model: Siamese, source: Memory | Files, workers: int = 0, limit: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """The encoder's features and the projections of images, in float32.
+
+    Args:
+        model: Its mode is left as it was.
+        source: The images.
+        workers: Processes that decode files.
+        limit: Of how many, at most.
+
+    Returns:
+        (n, d) and (n, dim), on the model's device.
+    """
+    size, training = model.recipe.size, model.training
+    plain = build_views(model.recipe, getattr(source, "maximum", 255), cropped=False).plain
+    model.eval()
+    features, projections, seen = [], [], 0
+    for raw in evaluation_batches(source, size, round(size * 8 / 7), BATCH, workers):
+        images = plain(raw.to(model.device)).contiguous(memory_format=model.memory_format)
+        features.append(model.online.encoder(images))
+        projections.append(model.online.projector(features[-1]))
+        seen += len(raw)
+        if limit is not None and seen >= limit:
+            break
+    model.train(training)
+    return torch.cat(features).float(), torch.cat(projections).float()
+
+
+def _labels(source: Memory | Files, model: Siamese) -> Tensor:
+    assert source.labels is not None
+    return source.labels.to(model.device)
 
 
 def _spectrum(matrix: Tensor) -> list[float]:
@@ -76,6 +132,7 @@ class Monitor(L.Callback):
 
     Args:
         data: The data set.
+        workers: Processes that decode files.
         report: Called with the number of each epoch that is done and, where the model was
             evaluated after it, the measurement.
 
@@ -84,41 +141,52 @@ class Monitor(L.Callback):
             training, ``loss``, the mean over the epoch's steps. Epoch 0 is before training.
     """
 
-    def __init__(self, data: Data, report: Callable[[int, Measurement | None], None]) -> None:
-        self.data, self.report = data, report
+    def __init__(
+        self, data: Dataset, workers: int, report: Callable[[int, Measurement | None], None]
+    ) -> None:
+        self.data, self.workers, self.report = data, workers, report
         self.history: list[Measurement] = []
-        self.losses: list[float] = []
+        self.losses: list[Tensor] = []
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Measure the untrained model."""
         if not self.history:
-            self._evaluate(pl_module, epoch=0)
+            self._evaluate(trainer, pl_module, epoch=0)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *_: Any
     ) -> None:
         """Remember the loss."""
-        self.losses.append(float(outputs["loss"]))
+        self.losses.append(outputs["loss"].detach())  # as it is: a number would wait for the device
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Measure the model where its turn has come."""
         epoch = trainer.current_epoch + 1
-        assert isinstance(pl_module, BYOL)
+        assert isinstance(pl_module, Siamese)
         if epoch % pl_module.recipe.evaluate_every == 0 or epoch == trainer.max_epochs:
-            self._evaluate(pl_module, epoch, loss=sum(self.losses) / len(self.losses))
+            loss = float(torch.stack(self.losses).double().mean())
+            self._evaluate(trainer, pl_module, epoch, loss=loss)
         else:
             self.report(epoch, None)
         self.losses = []
 
-    def _evaluate(self, model: Any, epoch: int, **extra: float) -> None:
-        measured: Measurement = {"epoch": epoch, **extra, **measure(model, self.data)}
-        self.history.append(measured)
-        self.report(epoch, measured)
+    def _evaluate(self, trainer: L.Trainer, model: Any, epoch: int, **extra: float) -> None:
+        """Measure on the first rank, while the others wait."""
+        if trainer.is_global_zero:
+            measured: Measurement = {"epoch": epoch, **extra}
+            measured |= measure(model, self.data, self.workers)
+            self.history.append(measured)
+            self.report(epoch, measured)
+            scalars = {name: x for name, x in measured.items() if isinstance(x, float)}
+            for logger in trainer.loggers:
+                logger.log_metrics(scalars, step=trainer.global_step)
+        trainer.strategy.barrier()
 
     def state_dict(self) -> dict[str, Any]:
         """What was measured, and the losses of an epoch that is not done."""
-        return {"history": list(self.history), "losses": list(self.losses)}
+        return {"history": list(self.history), "losses": [float(x) for x in self.losses]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where the state was taken."""
-        self.history, self.losses = state_dict["history"], state_dict["losses"]
+        self.history = state_dict["history"]
+        self.losses = [torch.tensor(x) for x in state_dict["losses"]]

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
+import torchvision
 from torch import Tensor, nn
 
+from .recipe import Recipe
 
-def digits_encoder(width: int) -> nn.Sequential:
-    """A convolutional encoder of 8×8 images.
+
+def small_encoder(channels: int, width: int) -> nn.Sequential:
+    """A convolutional encoder of images of 8 to 32 pixels.
 
     Args:
+        channels: Of the images.
         width: Channels of the first convolution.
 
     Returns:
-        A module from (n, 1, 8, 8) to (n, 4 · width).
+        A module from (n, channels, height, width) to (n, 4 · width).
     """
 
     def block(channels_in: int, channels_out: int, stride: int) -> list[nn.Module]:
@@ -23,46 +29,65 @@ def digits_encoder(width: int) -> nn.Sequential:
         ]
 
     return nn.Sequential(
-        *block(1, width, stride=1),  # 8×8
-        *block(width, 2 * width, stride=2),  # 4×4
-        *block(2 * width, 4 * width, stride=2),  # 2×2
+        *block(channels, width, stride=1),
+        *block(width, 2 * width, stride=2),
+        *block(2 * width, 4 * width, stride=2),
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
     )
 
 
-def mlp(dim_in: int, hidden: int, dim_out: int) -> nn.Sequential:
-    """Linear, BatchNorm without affine, ReLU, Linear: the published projector and predictor.
+def resnet(name: str, stem: str) -> torchvision.models.ResNet:
+    """Torchvision's ResNet without its classifier, with the stem for small images or its own.
+
+    Its `state_dict` is that of ``torchvision.models.resnet18()`` but for ``fc`` (and, with the stem
+    "cifar", the shape of ``conv1``).
+    """
+    network: torchvision.models.ResNet = getattr(torchvision.models, name)()
+    network.fc = nn.Identity()
+    if stem == "cifar":
+        network.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
+        nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
+        network.maxpool = nn.Identity()
+    return network
+
+
+def mlp(*widths: int, affine: bool = False) -> nn.Sequential:
+    """Linear layers, with batch normalisation and ReLU between: projectors and predictors.
 
     Args:
-        dim_in: Width of the input.
-        hidden: Width of the hidden layer.
-        dim_out: Width of the output.
+        *widths: Of the input, of every hidden layer and of the output.
+        affine: Whether the normalisations scale and shift; in the published trainer they do not.
 
     Returns:
-        A module from (n, dim_in) to (n, dim_out).
+        A module from (n, widths[0]) to (n, widths[-1]).
     """
-    return nn.Sequential(
-        nn.Linear(dim_in, hidden),
-        nn.BatchNorm1d(hidden, affine=False),
-        nn.ReLU(),
-        nn.Linear(hidden, dim_out),
-    )
+    layers: list[nn.Module] = []
+    for before, after in pairwise(widths):
+        layers += [nn.Linear(before, after), nn.BatchNorm1d(after, affine=affine), nn.ReLU()]
+    return nn.Sequential(*layers[:-2])
 
 
 class OnlineNetwork(nn.Module):
-    """Encoder and projector: from images (n, 1, 8, 8) to the features (n, dim) to predict from.
+    """Encoder and projector: from images to the features (n, dim) to predict from.
 
     Args:
-        width: Channels of the encoder's first convolution.
-        hidden: Hidden units of the projector.
-        dim: Width of the output.
+        recipe: What they are made of.
+        channels: Of the images.
     """
 
-    def __init__(self, width: int, hidden: int, dim: int) -> None:
+    def __init__(self, recipe: Recipe, channels: int) -> None:
         super().__init__()
-        self.encoder = digits_encoder(width)
-        self.projector = mlp(4 * width, hidden, dim)
+        self.encoder: nn.Module
+        if recipe.backbone == "small":
+            self.encoder, width = small_encoder(channels, recipe.width), 4 * recipe.width
+        else:
+            self.encoder = resnet(recipe.backbone, recipe.stem)
+            width = 512 if recipe.backbone == "resnet18" else 2048
+        hidden = [recipe.hidden] * (recipe.projector_layers - 1)
+        self.projector = mlp(width, *hidden, recipe.dim, affine=recipe.bn_affine)
+        if recipe.bn_output:
+            self.projector.append(nn.BatchNorm1d(recipe.dim, affine=False))
 
     def forward(self, images: Tensor) -> Tensor:
         """The features that enter the predictor."""

@@ -13,13 +13,15 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from directpred.reference_trainers.recipe import LABELS, PREDICTORS
-from directpred.reference_trainers.train import Run
+from .recipe import LABELS, PREDICTORS
+from .train import Run
 
 # Okabe and Ito's palette, told apart also by the colour-blind; yellow is too pale on white.
 COLOURS = {
     "directpred": "#0072B2",
+    "directset": "#332288",
     "directcopy": "#56B4E9",
+    "boost_scale": "#882255",
     "mlp": "#009E73",
     "linear": "#D55E00",
     "none": "#7F7F7F",

@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.progress import Progress as Bars
 
 if TYPE_CHECKING:
-    from directpred.reference_trainers.monitor import Measurement
+    from .monitor import Measurement
 
 
 def open_console() -> Console:
@@ -67,7 +67,12 @@ class Progress:
 
 def one_line(measured: Measurement) -> str:
     """The main numbers of a measurement."""
-    return (
-        f"linear probe {measured['probe']:6.2f} %  k-NN {measured['knn']:6.2f} %  "
-        f"spread {measured['spread']:.3f}  effective rank {measured['effective_rank']:.2f}"
+    parts = {
+        "probe": "linear probe {:6.2f} %",
+        "knn": "k-NN {:6.2f} %",
+        "spread": "spread {:.3f}",
+        "effective_rank": "effective rank {:.2f}",
+    }
+    return "  ".join(
+        form.format(measured[name]) for name, form in parts.items() if name in measured
     )

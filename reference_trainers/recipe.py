@@ -8,14 +8,19 @@ from dataclasses import dataclass, fields
 from functools import cache
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
-from directpred.reference_trainers.errors import UsageError
+from .errors import UsageError
 
-PREDICTORS = ("directpred", "directcopy", "mlp", "linear", "none", "no_stopgrad")
+PREDICTORS = (
+    *("directpred", "directset", "directcopy", "boost_scale"),
+    *("mlp", "linear", "none", "no_stopgrad"),
+)
 """The predictors by name, in the order in which tables show them."""
 
 LABELS = {
     "directpred": "DirectPred",
+    "directset": "DirectSet",
     "directcopy": "DirectCopy",
+    "boost_scale": "BoostScale",
     "mlp": "learned, 2-layer",
     "linear": "learned, linear",
     "none": "no predictor",
@@ -24,72 +29,132 @@ LABELS = {
 }
 """The predictors, and the network before training, as tables and pictures call them."""
 
-DATASETS = ("digits",)
-"""The data sets by name."""
+COMPARED = ("directpred", "directset", "directcopy", "mlp", "linear", "none", "no_stopgrad")
+"""Those that are compared by default."""
 
-LOSSES = ("cosine", "iso")
-"""The losses by name."""
+DATASETS = ("digits", "fashion_mnist", "cifar10", "cifar100", "stl10", "imagenet", "folder")
+"""The data sets by name."""
 
 Positive = Annotated[int, (1, math.inf)]
 NonNegative = Annotated[float, (0, math.inf)]
 Share = Annotated[float, (0, 1)]
+Switch = Annotated[bool, ()]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """Everything that decides the numbers of a run; the defaults are the digits' recipe.
 
-    Optimisation, loss, the target and the heads' form are those of the published small-image
-    trainer; the encoder and the views are made for images of 8×8 pixels.
-
     Attributes:
-        dataset: One of `DATASETS`.
-        predictor: One of `PREDICTORS`.
-        loss: One of `LOSSES`; iso is the cosine's value with IsoLoss's gradient.
+        dataset: One of digits, fashion_mnist, cifar10, cifar100, stl10, imagenet, folder.
+        method: byol, whose target is a moving average of the online network, or simsiam, whose
+            target is the online network itself, without gradient.
+        predictor: One of directpred (Eq. 18), directset, directcopy, boost_scale (Eq. 18 as its
+            published code computes it), mlp, linear, none, no_stopgrad.
+        loss: cosine, or iso: the cosine's value with IsoLoss's gradient.
         seed: Decides the initial weights, the order of the images and their views.
         epochs: Passes over the training images.
-        batch_size: Images a step; an incomplete last batch of an epoch is left out.
-        width: Channels of the encoder's first convolution; its output has four times as many.
-        hidden: Hidden units of the projector and of the 2-layer predictor.
+        batch_size: Images an optimizer step, over all ranks; an incomplete last batch is left out.
+        accumulate: Passes, forward and backward, that a step is spread over.
+        backbone: small (for images of 8 to 32 pixels), resnet18 or resnet50.
+        stem: cifar (3x3 first convolution, no pooling) or imagenet, of a ResNet.
+        width: Channels of the small backbone's first convolution; four times as many come out.
+        projector_layers: 2 or 3 linear layers.
+        hidden: Hidden units of the projector.
+        predictor_hidden: Hidden units of the 2-layer predictor.
         dim: Width d of the features that enter the predictor.
-        lr: Learning rate of SGD, constant.
-        momentum: Momentum of SGD.
-        weight_decay: L2 penalty on every parameter.
-        target_momentum: Share that the target network keeps of itself at every step.
+        bn_affine: Whether the batch normalisations of projector and predictor scale and shift.
+        bn_output: Whether one without scale and shift ends the projector, as SimSiam's.
+        optimizer: sgd or lars.
+        lr: Learning rate, for this batch size.
+        momentum: Momentum of the optimizer.
+        weight_decay: L2 penalty.
+        decay_all: Whether biases and normalisations decay too (and LARS adapts their rates).
+        schedule: Of the learning rate: constant, or cosine to 0 over the run.
+        warmup: Epochs over which the learning rate rises linearly from 0.
+        fixed_predictor_lr: Whether the learned predictor's learning rate stays at lr.
+        target_momentum: Share that byol's target keeps of itself at every step.
+        target_schedule: Of that share: constant, or cosine up to 1 over the run.
         rho: Share that the running correlation keeps of itself at every step (Eq. 19).
         eps: Boost of the small eigenvalues (Eq. 18); null takes the default of the rule.
         freq: Steps from one setting of the predictor to the next.
+        between: What happens to the predictor in between: hold or train.
+        size: Side of the views in pixels.
         rotate: Views are rotated by up to this many degrees.
         shift: Views are shifted by up to this share of the side of the image.
         zoom: Views are scaled by a factor of 1 ± this.
+        crop: A random part of the image, at least this share of its area, becomes the view; 1: all.
+        flip: Probability of a mirrored view.
         brightness: Views are made brighter or darker by up to this share of the full range.
+        jitter: Strength of the changes in brightness, contrast, saturation and hue.
+        jitter_p: Probability of these changes.
+        grayscale: Probability of a view without colour.
+        blur: Probability of a Gaussian blur (kernel of a tenth of the side, sigma 0.1 to 2).
+        blur2: The same for the second view, where it differs.
+        solarize: Probability of a solarized second view.
         noise: Standard deviation of the Gaussian noise on the views; images lie in [0, 1].
+        normalize: Whether views are normalised by the data set's mean and standard deviation.
+        device: cpu, or auto, which takes a GPU where there is one.
+        precision: 32, bf16 or fp16: of the networks, by autocast.
+        channels_last: Whether images and convolutions keep their channels last in memory.
+        compile: Whether torch.compile compiles the networks.
         evaluate_every: Epochs from one evaluation to the next; the last is always evaluated.
+        probe: Protocol of the linear probe: logistic, adam or none.
         threads: CPU threads; the last digits of the numbers depend on it.
     """
 
     dataset: Annotated[str, DATASETS] = "digits"
+    method: Annotated[str, ("byol", "simsiam")] = "byol"
     predictor: Annotated[str, PREDICTORS] = "directpred"
-    loss: Annotated[str, LOSSES] = "cosine"
-    seed: Annotated[int, (0, math.inf)] = 0
+    loss: Annotated[str, ("cosine", "iso")] = "cosine"
+    seed: Annotated[int, (0, 2**32 - 1)] = 0
     epochs: Positive = 30
     batch_size: Annotated[int, (2, math.inf)] = 128
+    accumulate: Positive = 1
+    backbone: Annotated[str, ("small", "resnet18", "resnet50")] = "small"
+    stem: Annotated[str, ("cifar", "imagenet")] = "cifar"
     width: Positive = 32
+    projector_layers: Annotated[int, (2, 3)] = 2
     hidden: Positive = 256
+    predictor_hidden: Positive = 256
     dim: Annotated[int, (2, math.inf)] = 64
+    bn_affine: Switch = False
+    bn_output: Switch = False
+    optimizer: Annotated[str, ("sgd", "lars")] = "sgd"
     lr: NonNegative = 0.03
     momentum: Share = 0.9
     weight_decay: NonNegative = 4e-4
+    decay_all: Switch = True
+    schedule: Annotated[str, ("constant", "cosine")] = "constant"
+    warmup: NonNegative = 0.0
+    fixed_predictor_lr: Switch = False
     target_momentum: Share = 0.996
+    target_schedule: Annotated[str, ("constant", "cosine")] = "constant"
     rho: Annotated[float, (0, 0.9999)] = 0.3
     eps: Annotated[float | None, (0, math.inf)] = None
     freq: Positive = 1
+    between: Annotated[str, ("hold", "train")] = "hold"
+    size: Annotated[int, (4, math.inf)] = 8
     rotate: Annotated[float, (0, 180)] = 15.0
     shift: Share = 0.1
     zoom: Annotated[float, (0, 0.99)] = 0.2
+    crop: Annotated[float, (0.01, 1)] = 1.0
+    flip: Share = 0.0
     brightness: Share = 0.4
+    jitter: Annotated[tuple[float, ...], (0, 1)] = (0.0, 0.0, 0.0, 0.0)
+    jitter_p: Share = 0.0
+    grayscale: Share = 0.0
+    blur: Share = 0.0
+    blur2: Annotated[float | None, (0, 1)] = None
+    solarize: Share = 0.0
     noise: NonNegative = 0.1
+    normalize: Switch = False
+    device: Annotated[str, ("cpu", "auto")] = "cpu"
+    precision: Annotated[str, ("32", "bf16", "fp16")] = "32"
+    channels_last: Switch = False
+    compile: Switch = False
     evaluate_every: Positive = 2
+    probe: Annotated[str, ("logistic", "adam", "none")] = "logistic"
     threads: Positive = 1
 
     @classmethod
@@ -115,26 +180,45 @@ class Recipe:
 @cache
 def descriptions() -> dict[str, str]:
     """What each option of a `Recipe` means, from the class's own docstring, for ``--help``."""
-    lines = [line.strip() for line in (Recipe.__doc__ or "").splitlines()]
+    text = " ".join((Recipe.__doc__ or "").split()).partition("Attributes:")[2]
+    starts = [text.index(f" {field.name}: ") for field in fields(Recipe)] + [len(text)]
     return {
-        field.name: f"{text} Default: {'null' if field.default is None else field.default}."
-        for field in fields(Recipe)
-        for name, _, text in (line.partition(": ") for line in lines)
-        if name == field.name
+        field.name: f"{text[start + len(field.name) + 3 : end].strip()} Default: {default}."
+        for field, start, end in zip(fields(Recipe), starts, starts[1:], strict=False)
+        for default in ["null" if field.default is None else _spelled(field.default)]
     }
+
+
+def _spelled(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _value(name: str, hint: Any, given: Any) -> Any:
     """``given`` as the type of the hint, an ``Annotated[type, (low, high) or choices]``."""
     kind, allowed = get_args(hint)
     if kind is str:
-        if given not in allowed:
+        if str(given) not in allowed:
             raise UsageError(f"unknown {name} {given!r}; known are {', '.join(allowed)}")
-        return given
-    if get_origin(kind) is not None or kind not in (int, float):  # float | None
+        return str(given)
+    if kind is bool:
+        if str(given).lower() not in ("true", "false"):
+            raise UsageError(f"{name} must be true or false, not {given!r}")
+        return str(given).lower() == "true"
+    if get_origin(kind) is tuple:
+        parts = given.split(",") if isinstance(given, str) else given
+        if not isinstance(parts, list | tuple) or len(parts) != 4:
+            raise UsageError(f"{name} must be four numbers, not {given!r}")
+        return tuple(_number(name, float, allowed, part) for part in parts)
+    if kind not in (int, float):  # float | None
         if given is None or given in ("null", "None"):
             return None
         kind = float
+    return _number(name, kind, allowed, given)
+
+
+def _number(name: str, kind: type, allowed: tuple[float, float], given: Any) -> Any:
     what = "a whole number" if kind is int else "a number"
     try:
         if isinstance(given, bool) or (kind is int and isinstance(given, float)):

@@ -13,9 +13,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from directpred.reference_trainers.errors import UsageError, UserError
-from directpred.reference_trainers.monitor import Measurement
-from directpred.reference_trainers.recipe import Recipe
+from .errors import UsageError, UserError
+from .monitor import Measurement
+from .recipe import Recipe
 
 _PACKAGES = ("directpred", "torch", "lightning", "kornia", "scikit-learn", "numpy")
 

@@ -6,9 +6,9 @@ import logging
 import signal
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -16,15 +16,19 @@ from unittest import mock
 
 import lightning as L
 import torch
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 from threadpoolctl import threadpool_limits
 
-from directpred.reference_trainers import checkpoint, records
-from directpred.reference_trainers.byol import BYOL
-from directpred.reference_trainers.data import Batches, load
-from directpred.reference_trainers.errors import Interrupted, UsageError, UserError
-from directpred.reference_trainers.monitor import Measurement, Monitor
-from directpred.reference_trainers.progress import Progress, one_line, open_console
-from directpred.reference_trainers.recipe import Recipe
+from . import checkpoint, records
+from .batches import FileBatches, MemoryBatches, Pair
+from .datasets import Dataset, Memory, decode, load
+from .errors import Interrupted, UsageError, UserError
+from .monitor import Measurement, Monitor
+from .progress import Progress, one_line, open_console
+from .recipe import Recipe
+from .siamese import Siamese
+from .views import build_views
 
 LAST = Path("checkpoints") / "last.ckpt"
 """The checkpoint of ``directpred train`` in the directory of its run."""
@@ -45,48 +49,173 @@ class Run:
     seconds: float
 
 
+@dataclass(frozen=True)
+class Machine:
+    """Where a run's images are, and what computes it.
+
+    Attributes:
+        data: Directory of the data set; the digits need none.
+        download: Whether to download what is missing there.
+        workers: Processes that decode images of sets that are not held in memory.
+        devices: Processes on this machine, each with a GPU where there are any.
+        nodes: Machines.
+    """
+
+    data: Path | None = None
+    download: bool = False
+    workers: int = 0
+    devices: int = 1
+    nodes: int = 1
+
+
 def fit(
     recipe: Recipe,
     path: Path,
     *,
+    machine: Machine = Machine(),
+    data: Dataset | None = None,
     resume: Path | None = None,
     report: Callable[[int, Measurement | None], None] = lambda epoch, measured: None,
     stop: Callable[[], bool] = lambda: False,
+    callbacks: Sequence[L.Callback] = (),
+    loggers: Sequence[Logger] = (),
 ) -> Run:
     """Train by a recipe.
 
     Args:
         recipe: The options. The same recipe gives the same numbers on the same machine.
         path: The checkpoint to write.
+        machine: Where the images are and what computes.
+        data: The images, where they are loaded already.
         resume: A checkpoint of the same recipe to go on from, as if it had never stopped.
         report: Called after every epoch, as `Monitor` says.
         stop: Asked after every step whether to stop.
+        callbacks: More of them.
+        loggers: Told the loss and the learning rate of every fiftieth step, and what is measured.
 
     Returns:
         The run.
 
     Raises:
         Interrupted: `stop` said yes; ``path`` holds the run.
-        UserError: Training diverged, or ``resume`` is no checkpoint.
+        UsageError: The batch does not divide into equal parts, or exceeds the images.
+        UserError: Training diverged, ``resume`` is no checkpoint, or an image cannot be read.
     """
     started = time.perf_counter()
     with fixed_threads(recipe.threads), torch.random.fork_rng(devices=[]), quiet_lightning():
-        data = load(recipe.dataset)
+        if data is None:
+            data = load(recipe.dataset, machine.data, machine.download)
         done = checkpoint.read(resume)[0]["global_step"] if resume else 0
-        batches = Batches(data.train.inputs, recipe.batch_size, recipe.seed, done)
-        monitor = Monitor(data, report)
+        monitor = Monitor(data, machine.workers, report)
         with _without_entry_points():
             trainer = L.Trainer(
-                accelerator="cpu",  # the digits' networks are too small to gain from a GPU
+                accelerator=recipe.device,
+                devices=machine.devices,
+                num_nodes=machine.nodes,
+                strategy="ddp" if machine.devices * machine.nodes > 1 else "auto",
+                precision=PRECISIONS[recipe.precision],
+                sync_batchnorm=recipe.device != "cpu" and torch.cuda.is_available(),
                 max_epochs=recipe.epochs,
-                callbacks=[monitor, checkpoint.Checkpoints(path, stop)],
-                logger=False,
+                accumulate_grad_batches=recipe.accumulate,
+                callbacks=[monitor, checkpoint.Checkpoints(path, machine.data, stop), *callbacks],
+                logger=list(loggers) or False,
+                log_every_n_steps=50,
                 enable_checkpointing=False,
                 enable_progress_bar=False,
                 enable_model_summary=False,
+                use_distributed_sampler=False,
             )
-        trainer.fit(BYOL(recipe), batches, ckpt_path=resume, weights_only=True)
+        passes = Passes(recipe, data, trainer, machine.workers, done)
+        model = Siamese(
+            recipe,
+            channels(data),
+            passes.steps,
+            build_views(recipe, getattr(data.pretrain, "maximum", 255), passes.cropped),
+        )
+        trainer.fit(model, passes, ckpt_path=resume, weights_only=True)
     return Run(recipe, monitor.history, time.perf_counter() - started)
+
+
+PRECISIONS: dict[str, Any] = {"32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
+
+
+class Passes:
+    """The training batches, each cut into the passes of a step.
+
+    Args:
+        recipe: Says how large they are.
+        data: The images.
+        trainer: Says which rank this is, and where it computes.
+        workers: Processes that decode files.
+        done: Steps that a resumed run has done already.
+
+    Attributes:
+        steps: Optimizer steps in an epoch.
+        cropped: Whether the images are cropped already.
+
+    Raises:
+        UsageError: The batch does not divide into equal parts, or exceeds the images.
+    """
+
+    def __init__(
+        self, recipe: Recipe, data: Dataset, trainer: L.Trainer, workers: int, done: int
+    ) -> None:
+        ranks, self.accumulate = trainer.world_size, recipe.accumulate
+        check(recipe, data, ranks)
+        size, rank = recipe.batch_size // ranks, trainer.global_rank
+        self.cropped = not isinstance(data.pretrain, Memory)
+        self.batches: MemoryBatches | FileBatches
+        if isinstance(data.pretrain, Memory):
+            device = trainer.strategy.root_device
+            self.batches = MemoryBatches(
+                data.pretrain, size, recipe.seed, device, rank, ranks, done
+            )
+        else:
+            scale = (recipe.crop, 1.0)
+            self.batches = FileBatches(
+                data.pretrain,
+                size,
+                recipe.seed,
+                recipe.size,
+                scale,
+                workers=workers,
+                rank=rank,
+                ranks=ranks,
+                done=done,
+            )
+        self.steps = len(self.batches)
+
+    def __len__(self) -> int:
+        return self.steps * self.accumulate
+
+    def __iter__(self) -> Iterator[Pair]:
+        """The rest of the current epoch, or the next one where that is done."""
+        for raw1, raw2 in self.batches:
+            yield from zip(raw1.chunk(self.accumulate), raw2.chunk(self.accumulate), strict=True)
+
+
+def check(recipe: Recipe, data: Dataset, ranks: int = 1) -> None:
+    """Find out before the first step whether the batches of a recipe can be made.
+
+    Raises:
+        UsageError: The batch does not divide into equal parts, or exceeds the images.
+    """
+    share, rest = divmod(recipe.batch_size, ranks * recipe.accumulate)
+    if rest or share < 2:
+        raise UsageError(
+            f"batch_size {recipe.batch_size} does not divide into {ranks} ranks × "
+            f"{recipe.accumulate} passes of two or more images"
+        )
+    images = len(data.pretrain[0])
+    if images < recipe.batch_size:
+        raise UsageError(f"batch_size {recipe.batch_size} exceeds the {images} training images")
+
+
+def channels(data: Dataset) -> int:
+    """Of the images of a data set."""
+    if isinstance(data.pretrain, Memory):
+        return data.pretrain.images.shape[1]
+    return decode(data.pretrain.paths[0]).shape[0]
 
 
 def _without_entry_points() -> AbstractContextManager[object]:
@@ -97,20 +226,6 @@ def _without_entry_points() -> AbstractContextManager[object]:
     """
     registry = "lightning.fabric.utilities.registry"
     return mock.patch(f"{registry}.entry_points", create=True, return_value=())
-
-
-def total_steps(recipe: Recipe) -> int:
-    """Number of optimizer steps of a run.
-
-    Raises:
-        UsageError: The data set has fewer images than a batch.
-    """
-    images = load(recipe.dataset).train.inputs
-    if len(images) < recipe.batch_size:
-        raise UsageError(
-            f"batch_size {recipe.batch_size} exceeds the {len(images)} training images"
-        )
-    return recipe.epochs * len(Batches(images, recipe.batch_size, recipe.seed))
 
 
 @contextmanager
@@ -158,7 +273,79 @@ def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, before)
 
 
-def train(options: dict[str, Any], out: Path, name: str | None, resume: Path | None) -> None:
+def _rank() -> int:
+    """Of this process, before there is a trainer: by the environment of its launcher."""
+    return int(getattr(rank_zero_only, "rank", 0))
+
+
+class Speed(L.Callback):
+    """Measures the training alone, without evaluations.
+
+    Args:
+        recipe: Of the run.
+
+    Attributes:
+        images: How many were trained on.
+        seconds: In what time.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.images, self.seconds, self.epochs = 0, 0.0, 0
+        self.started: tuple[float, int] | None = None
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        """Start the clock before the first step of an epoch, or of what is left of it."""
+        if self.started is None:
+            self.started = time.perf_counter(), trainer.global_step
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        """Stop the clock after the last step of an epoch; evaluations come after it."""
+        if trainer.is_last_batch and self.started is not None:
+            if trainer.strategy.root_device.type == "cuda":
+                torch.cuda.synchronize()
+            started, step = self.started
+            self.seconds += time.perf_counter() - started
+            self.images += (trainer.global_step - step) * self.recipe.batch_size
+            self.epochs += 1
+            self.started = None
+
+    def line(self, epochs: int) -> str:
+        """Images a second, and how long the rest of the epochs will take."""
+        if not self.images:
+            return ""
+        minutes, seconds = divmod(round(self.seconds / self.epochs * epochs), 60)
+        hours, minutes = divmod(minutes, 60)
+        left = f"{hours}:{minutes:02d}:{seconds:02d} left" if epochs else ""
+        return f"  {self.images / self.seconds:,.0f} images/s  {left}".rstrip()
+
+
+class Keeper(L.Callback):
+    """Writes what was measured after every epoch, and the views of the first batch.
+
+    Args:
+        recipe: Of the run.
+        directory: Of the run.
+    """
+
+    def __init__(self, recipe: Recipe, directory: Path) -> None:
+        self.recipe, self.directory = recipe, directory
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write metrics.csv; the monitor comes first."""
+        if trainer.is_global_zero:
+            callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+            (monitor,) = (c for c in callbacks if isinstance(c, Monitor))
+            records.write_metrics(self.directory, [(self.recipe, monitor.history)])
+
+
+def train(
+    options: dict[str, Any],
+    out: Path,
+    name: str | None,
+    resume: Path | None,
+    machine: Machine,
+) -> None:
     """Train by a recipe, or go on with a run, and write its directory.
 
     Args:
@@ -167,42 +354,67 @@ def train(options: dict[str, Any], out: Path, name: str | None, resume: Path | N
         name: Of the new run.
         resume: A checkpoint to go on from. It goes on in the directory of its run, unless ``name``
             is given or the run is one of a comparison; then in a new one.
+        machine: Where the images are and what computes. A resumed run knows where its images were.
 
     Raises:
         UserError: Something is wrong with the options, the checkpoint or the directory.
         Interrupted: By Ctrl-C; the message says how to go on.
     """
     if resume is None:
-        recipe, done = Recipe.parse(options), 0
+        recipe = Recipe.parse(options)
     else:
         if others := sorted(options.keys() - {"epochs"}):
             raise UsageError(f"--resume goes on with the run's own recipe; leave out {others[0]}")
         content, model = checkpoint.read(resume)
-        recipe, done = Recipe.parse(asdict(model.recipe) | options), content["global_step"]
-    if done >= total_steps(recipe):
-        raise UserError(f"{resume} has done its {recipe.epochs} epochs; add more with --epochs")
+        recipe = Recipe.parse(asdict(model.recipe) | options)
+        if machine.data is None and content["data"] is not None:
+            machine = replace(machine, data=Path(content["data"]))
+        if content["global_step"] >= recipe.epochs * content["steps_per_epoch"]:
+            raise UserError(f"{resume} has done its {recipe.epochs} epochs; add more with --epochs")
 
+    data = load(recipe.dataset, machine.data, machine.download)
+    check(recipe, data, machine.devices * machine.nodes)
     if resume is not None and name is None and resume.absolute().parts[-2:] == LAST.parts:
         directory = resume.absolute().parent.parent
-    else:
+    elif _rank() == 0:
         directory = records.new_directory(out, name, "train")
+    elif name is not None:
+        directory = out / name
+    else:
+        raise UsageError("several processes need a --name for the run")
     path = directory / LAST
 
     console = open_console()
+    speed, keeper = Speed(recipe), Keeper(recipe, directory)
     with stop_on_interrupt() as stop, Progress(console, total=recipe.epochs) as progress:
 
         def report(epoch: int, measured: Measurement | None) -> None:
             progress.advance(recipe.predictor, epoch, recipe.epochs)
             if measured is not None:
-                progress.print(f"epoch {epoch:4d}/{recipe.epochs}  {one_line(measured)}")
+                pace = speed.line(recipe.epochs - epoch)
+                progress.print(f"epoch {epoch:4d}/{recipe.epochs}  {one_line(measured)}{pace}")
 
         try:
-            run = fit(recipe, path, resume=resume, report=report, stop=stop)
+            run = fit(
+                recipe,
+                path,
+                machine=machine,
+                data=data,
+                resume=resume,
+                report=report,
+                stop=stop,
+                callbacks=[speed, keeper],
+                loggers=[
+                    CSVLogger(directory, name="", version="log"),
+                    TensorBoardLogger(directory, name="", version="tensorboard"),
+                ],
+            )
         except Interrupted as interrupted:
             raise Interrupted(
                 f"{interrupted}; go on by: directpred train --resume {path}"
             ) from None
-    records.write_metrics(directory, [(recipe, run.history)])
+    if _rank() > 0:
+        return
     result = run.history[-1]
     records.write_summary(
         directory,

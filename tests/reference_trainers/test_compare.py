@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from directpred.reference_trainers.cli import main
-from directpred.reference_trainers.recipe import PREDICTORS
+from directpred.reference_trainers.recipe import COMPARED
 
 Start = Callable[..., subprocess.Popen[str]]
 
@@ -26,11 +26,11 @@ def test_writes_everything(comparison: Path) -> None:
     assert summary["recipe"]["epochs"] == 4
     assert summary["versions"]["torch"]
     assert summary["machine"]["cores"]
-    assert list(summary["results"]) == [*PREDICTORS, "untrained"]
+    assert list(summary["results"]) == [*COMPARED, "untrained"]
 
     with (comparison / "metrics.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    assert {row["predictor"] for row in rows} == set(PREDICTORS)
+    assert {row["predictor"] for row in rows} == set(COMPARED)
     last = {
         row["predictor"]: float(row["value"])
         for row in rows
@@ -41,7 +41,7 @@ def test_writes_everything(comparison: Path) -> None:
 
     height, width, _ = matplotlib.image.imread(comparison / "compare.png").shape
     assert width > height > 900
-    for predictor in PREDICTORS:
+    for predictor in COMPARED:
         path = comparison / "checkpoints" / f"{predictor}-seed0.ckpt"
         assert torch.load(path, weights_only=True)["recipe"]["predictor"] == predictor
 

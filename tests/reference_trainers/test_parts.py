@@ -10,11 +10,50 @@ import torch
 import yaml
 from torch import Tensor
 
-from directpred.reference_trainers import byol
-from directpred.reference_trainers.byol import BYOL
-from directpred.reference_trainers.data import Batches, digits, views
+from directpred.reference_trainers import siamese
+from directpred.reference_trainers.datasets import Memory, load
 from directpred.reference_trainers.errors import UsageError
+from directpred.reference_trainers.networks import resnet
+from directpred.reference_trainers.optimizers import (
+    build_optimizer,
+    learning_rate,
+    target_momentum,
+)
 from directpred.reference_trainers.recipe import PREDICTORS, Recipe, descriptions
+from directpred.reference_trainers.siamese import Siamese, follow
+from directpred.reference_trainers.views import build_views
+
+CONFIGS = files("directpred.reference_trainers").joinpath("configs")
+
+
+def config(name: str) -> Recipe:
+    return Recipe.parse(yaml.safe_load(CONFIGS.joinpath(f"{name}.yaml").read_text("utf-8")))
+
+
+def digits() -> Memory:
+    source = load("digits", None).pretrain
+    assert isinstance(source, Memory)
+    return source
+
+
+def built(recipe: Recipe) -> Siamese:
+    """A model that is not in a trainer."""
+    model = Siamese(recipe, 1, 10, build_views(recipe, 16, cropped=False))
+    model.log = lambda *args, **kwargs: None  # type: ignore[method-assign]
+    return model
+
+
+class Trainer:
+    """What `Siamese.training_step` asks of one."""
+
+    global_step, global_rank = 0, 0
+
+
+def loss_of(model: Siamese, rows: int) -> Tensor:
+    images = digits().images[:rows]
+    model._trainer = None
+    model._fabric = Trainer()  # type: ignore[assignment]
+    return model.training_step((images, images), 0)
 
 
 def test_bundled_config_spells_out_the_defaults() -> None:
@@ -53,37 +92,15 @@ def test_a_wrong_option_is_named(option: object, value: object) -> None:
         Recipe.parse({option: value})
 
 
-def test_digits_are_split_by_class() -> None:
-    data = digits()
-    assert len(data.train.inputs) == 1347
-    assert len(data.test.inputs) == 450
-    assert data.train.inputs.min() == 0
-    assert data.train.inputs.max() == 1
-    assert data.test.labels.bincount().min() >= 43
-
-
-def test_batches_go_on_where_a_run_had_stopped() -> None:
-    images = torch.arange(10)
-    batches = Batches(images, 3, seed=0)
-    epochs = [[batch.tolist() for batch in batches] for _ in range(2)]
-    assert [len(epoch) for epoch in epochs] == [3, 3]
-    assert epochs[0] != epochs[1]
-    assert len({image for batch in epochs[0] for image in batch}) == 9
-
-    resumed = Batches(images, 3, seed=0, done=1)
-    assert [batch.tolist() for batch in resumed] == epochs[0][1:]
-    assert [batch.tolist() for batch in resumed] == epochs[1]
-
-
 def test_every_image_has_a_view_of_its_own() -> None:
-    image = digits().train.inputs[:1]
-    seen = views(Recipe(noise=0.0))(image.repeat(8, 1, 1, 1))
-    assert seen.shape == (8, 1, 8, 8)
-    assert len(seen.flatten(1).unique(dim=0)) == 8
+    image = digits().images[:1].repeat(8, 1, 1, 1)
+    for seen in build_views(Recipe(noise=0.0), 16, cropped=False)(image, image):
+        assert seen.shape == (8, 1, 8, 8)
+        assert len(seen.flatten(1).unique(dim=0)) == 8
 
 
 def test_predictors_start_from_the_same_network() -> None:
-    first, *others = (BYOL(Recipe(predictor=name)).online.state_dict() for name in PREDICTORS)
+    first, *others = (built(Recipe(predictor=name)).online.state_dict() for name in PREDICTORS)
     for other in others:
         assert all(torch.equal(first[key], other[key]) for key in first)
 
@@ -92,29 +109,127 @@ def test_predictors_start_from_the_same_network() -> None:
 def test_gradient_reaches_the_target_only_without_the_stop(
     predictor: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = BYOL(Recipe(predictor=predictor))
+    model = built(Recipe(predictor=predictor))
     targets: list[Tensor] = []
 
     def remember(p: Tensor, z: Tensor) -> Tensor:
         targets.append(z)
         return -(p * z).mean()
 
-    monkeypatch.setattr(byol, "regression_loss", remember)
-    model.training_step(digits().train.inputs[:16], 0)
+    monkeypatch.setattr(siamese, "regression_loss", remember)
+    loss_of(model, 16)
     assert [z.requires_grad for z in targets] == 2 * [predictor == "no_stopgrad"]
 
 
 def test_iso_has_the_value_of_the_cosine_and_another_gradient() -> None:
-    images = digits().train.inputs[:32]
     losses, gradients = [], []
     for loss in ("cosine", "iso"):
-        model = BYOL(Recipe(loss=loss))
+        model = built(Recipe(loss=loss))
         for _ in range(2):  # the first step is applied with the identity, through which both go
             model.zero_grad()
-            value = model.training_step(images, 0)
+            value = loss_of(model, 32)
             value.backward()
             model.predictor.step()
         losses.append(value.item())
         gradients.append(model.online.projector[-1].weight.grad)
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
     assert not torch.allclose(*gradients, rtol=1e-2)
+
+
+def test_simsiam_has_the_online_network_for_a_target() -> None:
+    model = built(Recipe(method="simsiam"))
+    assert not any(name.startswith("target") for name, _ in model.named_parameters())
+    loss_of(model, 16).backward()
+    assert all(p.grad is not None for p in model.online.parameters())
+
+
+def test_the_target_follows() -> None:
+    fast, slow = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    before = [p.detach().clone() for p in slow.parameters()]
+    follow(slow, fast, 0.9)
+    for p, old, new in zip(slow.parameters(), before, fast.parameters(), strict=True):
+        torch.testing.assert_close(p, 0.9 * old + 0.1 * new)
+
+
+def test_schedules() -> None:
+    recipe = Recipe(epochs=10, warmup=2, schedule="cosine", target_schedule="cosine")
+    rate = learning_rate(recipe, 5)
+    assert [round(rate(step), 6) for step in range(11)] == [*(k / 10 for k in range(1, 11)), 1]
+    assert rate(30) == pytest.approx(0.5)  # half of the 40 steps after the warmup
+    assert rate(50) == pytest.approx(0)
+    assert target_momentum(recipe, 0, 5) == pytest.approx(0.996)
+    assert target_momentum(recipe, 25, 5) == pytest.approx(0.998)
+    assert target_momentum(recipe, 50, 5) == pytest.approx(1)
+    constant = Recipe()
+    assert {learning_rate(constant, 5)(step) for step in range(200)} == {1.0}
+    assert target_momentum(constant, 77, 5) == 0.996
+
+
+def test_what_does_not_decay_is_not_adapted() -> None:
+    model = built(Recipe(predictor="mlp", bn_affine=True))
+    options = {"optimizer": "lars", "decay_all": False, "fixed_predictor_lr": True}
+    optimizer = build_optimizer(Recipe(**options), model.online, model.predictor)
+    groups = optimizer.param_groups
+    assert [(group["weight_decay"], group["fixed_lr"]) for group in groups] == [
+        *((4e-4, False), (0.0, False)),
+        *((4e-4, True), (0.0, True)),
+    ]
+    for group in groups:
+        assert all((p.ndim > 1) == (group["weight_decay"] > 0) for p in group["params"])
+    bias = next(p for p in model.online.parameters() if p.ndim == 1)
+    bias.grad = torch.full_like(bias, 0.5)
+    before = bias.detach().clone()
+    optimizer.step()
+    torch.testing.assert_close(bias, before - 0.03 * 0.5)  # plain SGD
+
+
+@pytest.mark.parametrize(("name", "width"), [("resnet18", 512), ("resnet50", 2048)])
+def test_resnets_have_the_published_stems(name: str, width: int) -> None:
+    small, large = resnet(name, "cifar").eval(), resnet(name, "imagenet").eval()
+    assert small(torch.zeros(1, 3, 32, 32)).shape == large(torch.zeros(1, 3, 32, 32)).shape
+    assert small.conv1.kernel_size == (3, 3)
+    assert small.conv1.stride == (1, 1)
+    assert isinstance(small.maxpool, torch.nn.Identity)
+    assert large.conv1.kernel_size == (7, 7)
+    assert large(torch.zeros(1, 3, 64, 64)).shape == (1, width)
+
+
+@pytest.mark.parametrize("name", ["cifar10", "stl10", "imagenet_60", "simsiam_imagenet"])
+def test_views_of_the_published_recipes(name: str) -> None:
+    recipe = config(name)
+    side = min(recipe.size, 96)
+    generator = torch.Generator().manual_seed(0)
+    raw = torch.randint(0, 256, (4, 3, side, side), dtype=torch.uint8, generator=generator)
+    cropped = recipe.size > 96
+    torch.manual_seed(0)
+    first, second = build_views(recipe, 255, cropped)(raw, raw)
+    assert first.shape == second.shape == (4, 3, side, side)
+    assert not torch.equal(first, second)
+    torch.manual_seed(0)
+    again, _ = build_views(recipe, 255, cropped)(raw, raw)
+    assert torch.equal(first, again)
+    plain = build_views(recipe, 255, cropped).plain(raw)
+    if recipe.normalize:
+        assert plain.min() < -1
+    else:
+        torch.testing.assert_close(plain, raw.float() / 255)
+
+
+def test_the_published_small_image_recipe() -> None:
+    """By the table of the published trainer's options, written down again."""
+    for name, size, epochs in (("cifar10", 32, 100), ("stl10", 96, 100), ("stl10_300", 96, 300)):
+        recipe = config(name)
+        assert (recipe.size, recipe.epochs, recipe.batch_size) == (size, epochs, 128)
+        assert (recipe.backbone, recipe.hidden, recipe.dim) == ("resnet18", 512, 128)
+        assert (recipe.optimizer, recipe.lr, recipe.momentum) == ("sgd", 0.03, 0.9)
+        assert (recipe.weight_decay, recipe.decay_all, recipe.schedule) == (4e-4, True, "constant")
+        assert (recipe.target_momentum, recipe.target_schedule) == (0.996, "constant")
+        assert (recipe.predictor, recipe.rho, recipe.eps, recipe.freq) == (
+            *("boost_scale", 0.3, 0.01, 1),
+        )
+        assert (recipe.crop, recipe.flip, recipe.jitter_p, recipe.grayscale) == (
+            *(0.08, 0.5, 0.8, 0.2),
+        )
+    assert config("stl10").jitter == (0.8, 0.8, 0.8, 0.2)
+    assert config("cifar10").jitter == (0.4, 0.4, 0.4, 0.1)
+    assert (config("stl10").blur, config("cifar10").blur) == (1.0, 0.0)
