@@ -20,6 +20,10 @@ _PARTS = (
 )
 
 
+AGREE = 20
+"""Steps from one agreement of the ranks to the next."""
+
+
 class Checkpoints(L.Callback):
     """Saves a run to one file, which the next save replaces.
 
@@ -42,14 +46,22 @@ class Checkpoints(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         """End the run if that was asked for; the last step of an epoch leaves it to the epoch."""
         between_steps = trainer.fit_loop._should_accumulate()
-        if not trainer.is_last_batch and not between_steps and self.stop():
+        if not trainer.is_last_batch and not between_steps and self._asked(trainer):
             self._save_and_stop(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, *_: Any) -> None:
         """Save the run, and end it if that was asked for."""
-        if trainer.current_epoch + 1 != trainer.max_epochs and self.stop():
+        if trainer.current_epoch + 1 != trainer.max_epochs and self._asked(trainer):
             self._save_and_stop(trainer)
         trainer.save_checkpoint(self.path)
+
+    def _asked(self, trainer: L.Trainer) -> bool:
+        """Whether to stop; ranks agree on it every so often, for they have to stop together."""
+        if trainer.world_size == 1:
+            return self.stop()
+        if trainer.global_step % AGREE and not trainer.is_last_batch:
+            return False
+        return bool(trainer.strategy.reduce_boolean_decision(self.stop(), all=False))
 
     def _save_and_stop(self, trainer: L.Trainer) -> None:
         trainer.save_checkpoint(self.path)

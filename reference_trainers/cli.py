@@ -128,6 +128,9 @@ def _parser() -> _Parser:
         "--workers", type=int, default=0, help="processes that decode images from files; default: 0"
     )
     evaluate.add_argument(
+        "--epochs", type=_count, default=80, help="of the linear probe on ImageNet; default: 80"
+    )
+    evaluate.add_argument(
         "--features", type=Path, metavar="PATH", help="write the encoder's features to this .npz"
     )
     evaluate.add_argument(
@@ -135,6 +138,11 @@ def _parser() -> _Parser:
         type=Path,
         metavar="PATH",
         help="write the encoder's weights to this .safetensors; a ResNet's are torchvision's",
+    )
+    report = command("report", _report, "Compare runs on one page, report.html and report.png.")
+    report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="directory of a run")
+    report.add_argument(
+        "--out", type=Path, metavar="DIR", help="default: that of the run; of several, this one"
     )
     return parser
 
@@ -240,4 +248,10 @@ def _evaluate(options: argparse.Namespace) -> None:
     from .evaluate import evaluate
 
     given = options.data, options.download, options.workers, options.features, options.backbone
-    evaluate(options.checkpoint, *given)
+    evaluate(options.checkpoint, *given, options.epochs)
+
+
+def _report(options: argparse.Namespace) -> None:
+    from .report import report
+
+    report(options.runs, options.out)

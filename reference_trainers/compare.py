@@ -21,7 +21,7 @@ from rich.table import Table
 
 from . import records
 from .datasets import load
-from .errors import Interrupted, UserError
+from .errors import Interrupted, UsageError, UserError
 from .monitor import Measurement
 from .plot import plot
 from .progress import Progress, one_line, open_console
@@ -62,7 +62,13 @@ def compare(
         Interrupted: By Ctrl-C; the finished runs are written.
     """
     base = Recipe.parse(options)
-    check(base, load(base.dataset, machine.data, machine.download))
+    data = load(base.dataset, machine.data, machine.download)
+    check(base, data)
+    if data.train is None or data.test is None or base.probe == "sgd":
+        raise UsageError(
+            f"compare measures labelled images by probe logistic or adam, not {base.dataset} "
+            f"{'by ' + base.probe if base.probe == 'sgd' else 'without labels'}"
+        )
     recipes = [
         replace(base, predictor=predictor, seed=seed)
         for seed in range(seeds)

@@ -54,7 +54,7 @@ def measure(model: Siamese, data: Dataset, workers: int = 0) -> Measurement:
     if not (features.isfinite().all() and z.isfinite().all()):
         raise UserError("training diverged: the features are not finite (try a lower lr)")
     measured: Measurement = {}
-    if data.train is not None and data.test is not None and model.recipe.probe != "none":
+    if data.train is not None and data.test is not None and model.recipe.probe != "sgd":
         train = Split(extract(model, data.train, workers)[0], _labels(data.train, model))
         measured |= accuracies(
             train, Split(features, _labels(data.test, model)), len(data.classes), model.recipe.probe
@@ -106,7 +106,7 @@ def extract(
     plain = build_views(model.recipe, getattr(source, "maximum", 255), cropped=False).plain
     model.eval()
     features, projections, seen = [], [], 0
-    for raw in evaluation_batches(source, size, round(size * 8 / 7), BATCH, workers):
+    for raw in evaluation_batches(source, size, resized(size), BATCH, workers):
         images = plain(raw.to(model.device)).contiguous(memory_format=model.memory_format)
         features.append(model.online.encoder(images))
         projections.append(model.online.projector(features[-1]))
@@ -115,6 +115,11 @@ def extract(
             break
     model.train(training)
     return torch.cat(features).float(), torch.cat(projections).float()
+
+
+def resized(size: int) -> int:
+    """The shorter side of an image from which a centre of that size is evaluated: 256 for 224."""
+    return round(size * 8 / 7)
 
 
 def _labels(source: Memory | Files, model: Siamese) -> Tensor:

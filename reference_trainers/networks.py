@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from .recipe import Recipe
 
 
-def small_encoder(channels: int, width: int) -> nn.Sequential:
+def small_encoder(channels: int, width: int, stem: str) -> nn.Sequential:
     """A convolutional encoder of images of 8 to 32 pixels.
 
     Args:
         channels: Of the images.
         width: Channels of the first convolution.
+        stem: That has stride 1 ("cifar") or 2 ("imagenet").
 
     Returns:
         A module from (n, channels, height, width) to (n, 4 · width).
@@ -29,7 +30,7 @@ def small_encoder(channels: int, width: int) -> nn.Sequential:
         ]
 
     return nn.Sequential(
-        *block(channels, width, stride=1),
+        *block(channels, width, stride=1 if stem == "cifar" else 2),
         *block(width, 2 * width, stride=2),
         *block(2 * width, 4 * width, stride=2),
         nn.AdaptiveAvgPool2d(1),
@@ -80,7 +81,8 @@ class OnlineNetwork(nn.Module):
         super().__init__()
         self.encoder: nn.Module
         if recipe.backbone == "small":
-            self.encoder, width = small_encoder(channels, recipe.width), 4 * recipe.width
+            self.encoder = small_encoder(channels, recipe.width, recipe.stem)
+            width = 4 * recipe.width
         else:
             self.encoder = resnet(recipe.backbone, recipe.stem)
             width = 512 if recipe.backbone == "resnet18" else 2048

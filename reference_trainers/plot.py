@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 import numpy as np
@@ -14,9 +14,12 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from .recipe import LABELS, PREDICTORS
-from .train import Run
 
 # Okabe and Ito's palette, told apart also by the colour-blind; yellow is too pale on white.
+
+if TYPE_CHECKING:
+    from .train import Run
+
 COLOURS = {
     "directpred": "#0072B2",
     "directset": "#332288",

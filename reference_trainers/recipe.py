@@ -57,7 +57,8 @@ class Recipe:
         batch_size: Images an optimizer step, over all ranks; an incomplete last batch is left out.
         accumulate: Passes, forward and backward, that a step is spread over.
         backbone: small (for images of 8 to 32 pixels), resnet18 or resnet50.
-        stem: cifar (3x3 first convolution, no pooling) or imagenet, of a ResNet.
+        stem: cifar (3x3 first convolution, no pooling) or imagenet, of a ResNet; with imagenet
+            the small backbone's first convolution has stride 2.
         width: Channels of the small backbone's first convolution; four times as many come out.
         projector_layers: 2 or 3 linear layers.
         hidden: Hidden units of the projector.
@@ -99,7 +100,8 @@ class Recipe:
         channels_last: Whether images and convolutions keep their channels last in memory.
         compile: Whether torch.compile compiles the networks.
         evaluate_every: Epochs from one evaluation to the next; the last is always evaluated.
-        probe: Protocol of the linear probe: logistic, adam or none.
+        probe: Protocol of the linear probe: logistic (scikit-learn's), adam (the published one for
+            small images), or sgd (ImageNet's, with augmentation, by `directpred evaluate` alone).
         threads: CPU threads; the last digits of the numbers depend on it.
     """
 
@@ -154,7 +156,7 @@ class Recipe:
     channels_last: Switch = False
     compile: Switch = False
     evaluate_every: Positive = 2
-    probe: Annotated[str, ("logistic", "adam", "none")] = "logistic"
+    probe: Annotated[str, ("logistic", "adam", "sgd")] = "logistic"
     threads: Positive = 1
 
     @classmethod

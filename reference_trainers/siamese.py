@@ -93,19 +93,12 @@ class Siamese(L.LightningModule):
         )
         self.to(memory_format=self.memory_format)
         self.passes = 0
-        # Not a submodule: what it keeps does not belong into checkpoints.
-        self.views = (views,)
+        self.views = views  # a tuple, no submodule: what kornia keeps is none of a checkpoint's
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """The loss of one batch of raw images, uint8 (n, channels, height, width) for each view."""
-        count = self.global_step * self.recipe.accumulate + self.passes
+        view1, view2 = self.augment(batch)
         self.passes += 1
-        torch.manual_seed(seed_of(self.recipe.seed, Use.VIEWS, count, self.global_rank))
-        assert self.views[0] is not None
-        with torch.autocast(self.device.type, enabled=False):
-            view1, view2 = (
-                view.contiguous(memory_format=self.memory_format) for view in self.views[0](*batch)
-            )
         z1, z2 = self.online(view1), self.online(view2)
         if self.has_target:
             with torch.no_grad():
@@ -117,6 +110,15 @@ class Siamese(L.LightningModule):
         loss = self.loss(z1, target2) + self.loss(z2, target1)
         self.log("loss", loss)
         return loss
+
+    def augment(self, batch: tuple[Tensor, Tensor]) -> list[Tensor]:
+        """The two views that the next pass has of a batch, float32 (n, channels, size, size)."""
+        assert self.views is not None
+        count = self.global_step * self.recipe.accumulate + self.passes
+        torch.manual_seed(seed_of(self.recipe.seed, Use.VIEWS, count, self.global_rank))
+        with torch.autocast(self.device.type, enabled=False):
+            made = self.views(*batch)
+        return [view.contiguous(memory_format=self.memory_format) for view in made]
 
     def loss(self, z: Tensor, target: Tensor) -> Tensor:
         """The loss of the features of one view, both (n, dim): how far they predict the target."""

@@ -22,13 +22,17 @@ from threadpoolctl import threadpool_limits
 
 from . import checkpoint, records
 from .batches import FileBatches, MemoryBatches, Pair
-from .datasets import Dataset, Memory, decode, load
+from .datasets import Dataset, Files, Memory, decode, load
 from .errors import Interrupted, UsageError, UserError
 from .monitor import Measurement, Monitor
 from .progress import Progress, one_line, open_console
 from .recipe import Recipe
+from .report import save_views
 from .siamese import Siamese
 from .views import build_views
+
+VIEWS = "views.png"
+"""What a run looks at, in its directory."""
 
 LAST = Path("checkpoints") / "last.ckpt"
 """The checkpoint of ``directpred train`` in the directory of its run."""
@@ -107,7 +111,7 @@ def fit(
             data = load(recipe.dataset, machine.data, machine.download)
         done = checkpoint.read(resume)[0]["global_step"] if resume else 0
         monitor = Monitor(data, machine.workers, report)
-        with _without_entry_points():
+        with without_entry_points():
             trainer = L.Trainer(
                 accelerator=recipe.device,
                 devices=machine.devices,
@@ -162,27 +166,16 @@ class Passes:
     ) -> None:
         ranks, self.accumulate = trainer.world_size, recipe.accumulate
         check(recipe, data, ranks)
-        size, rank = recipe.batch_size // ranks, trainer.global_rank
-        self.cropped = not isinstance(data.pretrain, Memory)
-        self.batches: MemoryBatches | FileBatches
-        if isinstance(data.pretrain, Memory):
-            device = trainer.strategy.root_device
-            self.batches = MemoryBatches(
-                data.pretrain, size, recipe.seed, device, rank, ranks, done
-            )
-        else:
-            scale = (recipe.crop, 1.0)
-            self.batches = FileBatches(
-                data.pretrain,
-                size,
-                recipe.seed,
-                recipe.size,
-                scale,
-                workers=workers,
-                rank=rank,
-                ranks=ranks,
-                done=done,
-            )
+        self.cropped = isinstance(data.pretrain, Files)
+        self.batches = training_batches(
+            recipe,
+            data.pretrain,
+            trainer.strategy.root_device,
+            trainer.global_rank,
+            ranks,
+            done,
+            workers,
+        )
         self.steps = len(self.batches)
 
     def __len__(self) -> int:
@@ -192,6 +185,25 @@ class Passes:
         """The rest of the current epoch, or the next one where that is done."""
         for raw1, raw2 in self.batches:
             yield from zip(raw1.chunk(self.accumulate), raw2.chunk(self.accumulate), strict=True)
+
+
+def training_batches(
+    recipe: Recipe,
+    source: Memory | Files,
+    device: torch.device,
+    rank: int = 0,
+    ranks: int = 1,
+    done: int = 0,
+    workers: int = 0,
+) -> MemoryBatches | FileBatches:
+    """The shuffled raw batches of a recipe, as `MemoryBatches` and `FileBatches` say."""
+    share, seed, size = recipe.batch_size // ranks, recipe.seed, recipe.size
+    if isinstance(source, Memory):
+        return MemoryBatches(source, share, seed, device, rank, ranks, done)
+    crop = (recipe.crop, 1.0)
+    return FileBatches(
+        source, share, seed, size, crop, workers=workers, rank=rank, ranks=ranks, done=done
+    )
 
 
 def check(recipe: Recipe, data: Dataset, ranks: int = 1) -> None:
@@ -218,7 +230,7 @@ def channels(data: Dataset) -> int:
     return decode(data.pretrain.paths[0]).shape[0]
 
 
-def _without_entry_points() -> AbstractContextManager[object]:
+def without_entry_points() -> AbstractContextManager[object]:
     """Keep installed packages from adding callbacks of theirs to the trainer.
 
     stable-pretraining adds fourteen to every one, which print, monitor and save; a run should be
@@ -330,6 +342,16 @@ class Keeper(L.Callback):
 
     def __init__(self, recipe: Recipe, directory: Path) -> None:
         self.recipe, self.directory = recipe, directory
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Pair, batch_idx: int
+    ) -> None:
+        """Draw the views of the first images, as the first step will see them."""
+        path = self.directory / VIEWS
+        if not path.exists() and trainer.is_global_zero:
+            assert isinstance(pl_module, Siamese)
+            view1, view2 = pl_module.augment(batch)
+            save_views(batch[0], view1, view2, path)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write metrics.csv; the monitor comes first."""

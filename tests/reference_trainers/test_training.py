@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import random
 import subprocess
@@ -109,6 +110,12 @@ def test_a_step_at_full_size(name: str, tmp_path: Path) -> None:
     assert saved["global_step"] == 1
     assert int(saved["state_dict"]["predictor.step_count"]) == 1
     assert np.isfinite(run.history[-1]["loss"])  # type: ignore[arg-type]
+    if name == "imagenet_60":  # its linear probe, with augmentation, is a command of its own
+        checkpoint = str(tmp_path / "run.ckpt")
+        assert main(["evaluate", "--checkpoint", checkpoint, "--epochs", "2"]) == 0
+        result = json.loads((tmp_path / "run.ckpt.evaluation.json").read_text())
+        assert 0 <= result["probe"] <= result["probe_best"] <= 100
+        assert result["probe_top5"] == 100  # of two classes
 
 
 def test_accumulated_passes_are_one_step(tmp_path: Path) -> None:
