@@ -34,8 +34,10 @@ class Checkpoints(L.Callback):
             `Interrupted`.
     """
 
-    def __init__(self, path: Path, data: Path | None, stop: Callable[[], bool]) -> None:
-        self.path, self.data, self.stop = path, data, stop
+    def __init__(
+        self, path: Path, data: Path | None, keep_every: int, stop: Callable[[], bool]
+    ) -> None:
+        self.path, self.data, self.keep_every, self.stop = path, data, keep_every, stop
 
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
@@ -54,6 +56,9 @@ class Checkpoints(L.Callback):
         if trainer.current_epoch + 1 != trainer.max_epochs and self._asked(trainer):
             self._save_and_stop(trainer)
         trainer.save_checkpoint(self.path)
+        epoch = trainer.current_epoch + 1
+        if self.keep_every and epoch % self.keep_every == 0:
+            trainer.save_checkpoint(self.path.with_name(f"epoch-{epoch:04d}.ckpt"))
 
     def _asked(self, trainer: L.Trainer) -> bool:
         """Whether to stop; ranks agree on it every so often, for they have to stop together."""

@@ -118,6 +118,13 @@ def _parser() -> _Parser:
     )
     train.add_argument("--devices", type=_count, default=1, help="processes a node; default: 1")
     train.add_argument("--nodes", type=_count, default=1, help="default: 1")
+    train.add_argument(
+        "--keep-every",
+        type=_count,
+        default=0,
+        metavar="N",
+        help="keep a checkpoint every N epochs; the last one is always there",
+    )
     _add_out(train)
     _add_recipe(train)
 
@@ -240,8 +247,9 @@ def _train(options: argparse.Namespace) -> None:
     Recipe.parse(recipe)
     from .train import Machine, train
 
-    given = (options.data, options.download, options.workers, options.devices, options.nodes)
-    train(recipe, options.out, options.name, options.resume, Machine(*given))
+    names = ("data", "download", "workers", "devices", "nodes", "keep_every")
+    machine = Machine(**{name: getattr(options, name) for name in names})
+    train(recipe, options.out, options.name, options.resume, machine)
 
 
 def _evaluate(options: argparse.Namespace) -> None:

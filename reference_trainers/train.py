@@ -63,6 +63,7 @@ class Machine:
         workers: Processes that decode images of sets that are not held in memory.
         devices: Processes on this machine, each with a GPU where there are any.
         nodes: Machines.
+        keep_every: Epochs from one checkpoint that is kept to the next, beside the last; 0: none.
     """
 
     data: Path | None = None
@@ -70,6 +71,7 @@ class Machine:
     workers: int = 0
     devices: int = 1
     nodes: int = 1
+    keep_every: int = 0
 
 
 def fit(
@@ -121,7 +123,11 @@ def fit(
                 sync_batchnorm=recipe.device != "cpu" and torch.cuda.is_available(),
                 max_epochs=recipe.epochs,
                 accumulate_grad_batches=recipe.accumulate,
-                callbacks=[monitor, checkpoint.Checkpoints(path, machine.data, stop), *callbacks],
+                callbacks=[
+                    monitor,
+                    checkpoint.Checkpoints(path, machine.data, machine.keep_every, stop),
+                    *callbacks,
+                ],
                 logger=list(loggers) or False,
                 log_every_n_steps=50,
                 enable_checkpointing=False,

@@ -126,8 +126,12 @@ def test_accumulated_passes_are_one_step(tmp_path: Path) -> None:
 
 
 def test_half_precision_and_channels_last(tmp_path: Path) -> None:
-    run = fit(Recipe(epochs=1, precision="bf16", channels_last=True), tmp_path / "run.ckpt")
+    recipe = Recipe(epochs=2, precision="bf16", channels_last=True)
+    run = fit(recipe, tmp_path / "run.ckpt", machine=Machine(keep_every=1))
     assert run.history[-1]["probe"] > 90  # type: ignore[operator]
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *("run.ckpt", "epoch-0001.ckpt", "epoch-0002.ckpt"),
+    }
 
 
 @pytest.mark.parametrize("launch", ["lightning", "torchrun"])
