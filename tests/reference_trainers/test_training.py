@@ -8,6 +8,7 @@ import os
 import random
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import torchvision
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
+from test_datasets import archive
 from test_parts import CONFIGS, config
 
 from directpred.reference_trainers.cli import main
@@ -50,7 +52,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def test_cifar10_end_to_end(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("images", ["real", "generated"])
+def test_cifar10_end_to_end(images: str, folder: Path, tmp_path: Path) -> None:
+    """The published recipe on a few images; the real ones where their archive is at hand."""
+    if images == "real":
+        folder = tmp_path / "cifar"
+        with tarfile.open(archive()) as file:
+            few = [m for m in file if m.name.rpartition("/")[2].startswith("000")]
+            file.extractall(folder, few, filter="data")
     options = "--config cifar10 --device cpu --precision 32 --epochs 1 --batch-size 32"
     directory = ["--out", str(tmp_path), "--name", "run"]
     assert main(["train", *options.split(), "--data", str(folder), *directory]) == 0
@@ -67,7 +76,7 @@ def test_cifar10_end_to_end(folder: Path, tmp_path: Path) -> None:
     network.fc = torch.nn.Identity()
     network.conv1 = torch.nn.Conv2d(3, 64, 3, 1, 1, bias=False)
     network.load_state_dict(load_file(backbone))
-    assert np.load(features)["test_features"].shape == (40, 512)
+    assert np.load(features)["test_features"].shape == (100 if images == "real" else 40, 512)
 
 
 def test_a_folder_without_labels(folder: Path, tmp_path: Path) -> None:
