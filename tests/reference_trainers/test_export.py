@@ -76,7 +76,7 @@ def test_nothing_is_said_of_an_unknown_resnet(tmp_path: Path) -> None:
 
 
 def test_any_other_encoder(tmp_path: Path) -> None:
-    encoder = small_encoder(1, 4)
+    encoder = small_encoder(1, 4, "cifar")
     encoder.register_buffer("shared", encoder[0].weight.detach())
     save_backbone(encoder, tmp_path / "backbone")
     assert metadata(tmp_path / "backbone") == {"format": "pt"}
