@@ -134,7 +134,7 @@ def replace(
         entry.take_out()
     for parameter in head.parameters():
         if removed:
-            removed[0].group["params"].append(parameter)
+            removed[0].group()["params"].append(parameter)
     for wrapper in wrappers:
         _rebuild(wrapper)
     if main is not None:
@@ -192,20 +192,27 @@ class _Entry:
     """A parameter's place in an optimizer, and its state there (momentum, say)."""
 
     optimizer: weakref.ref[Optimizer]
-    group: dict[str, Any]
+    index: int
     position: int
     parameter: nn.Parameter
     state: dict[str, Any]
 
+    def group(self) -> dict[str, Any]:
+        """The group, by its index: loading a checkpoint makes new ones."""
+        optimizer = self.optimizer()
+        return {"params": []} if optimizer is None else optimizer.param_groups[self.index]
+
     def take_out(self) -> None:
-        self.group["params"] = [p for p in self.group["params"] if p is not self.parameter]
+        group = self.group()
+        group["params"] = [p for p in group["params"] if p is not self.parameter]
         if optimizer := self.optimizer():
             optimizer.state.pop(self.parameter, None)
 
     def put_back(self, head: DirectPredHead) -> None:
         mine = {id(p) for p in head.parameters()}
-        self.group["params"] = [p for p in self.group["params"] if id(p) not in mine]
-        self.group["params"].insert(self.position, self.parameter)
+        group = self.group()
+        group["params"] = [p for p in group["params"] if id(p) not in mine]
+        group["params"].insert(self.position, self.parameter)
         if (optimizer := self.optimizer()) and self.state:
             optimizer.state[self.parameter] = {
                 name: x.to(self.parameter.device) if isinstance(x, Tensor) and x.dim() else x
@@ -275,11 +282,11 @@ def _main(found: Found, optimizers: list[Optimizer]) -> Optimizer:
 
 def _entries(optimizer: Optimizer, parameters: list[nn.Parameter]) -> Iterator[_Entry]:
     wanted = {id(p) for p in parameters}
-    for group in optimizer.param_groups:
+    for index, group in enumerate(optimizer.param_groups):
         for position, p in enumerate(group["params"]):
             if id(p) in wanted:
                 state = dict(optimizer.state.get(p, {}))
-                yield _Entry(weakref.ref(optimizer), group, position, p, state)
+                yield _Entry(weakref.ref(optimizer), index, position, p, state)
 
 
 def _modules(model: Any) -> list[nn.Module]:

@@ -262,6 +262,15 @@ def test_undo_by_the_head_and_only_in_the_process_that_replaced():
     assert restore(head) is predictor
 
 
+def test_undo_after_the_optimizer_was_loaded():
+    model, optimizer = small()
+    before = list(model.parameters())
+    swap(model, optimizer)
+    optimizer.load_state_dict(optimizer.state_dict())  # with new groups
+    restore(model)
+    assert [id(p) for p in optimizer.param_groups[0]["params"]] == [id(p) for p in before]
+
+
 def test_what_was_replaced_is_forgotten_with_its_head():
     model, optimizer = small()
     count = len(mechanics._replaced)
