@@ -162,6 +162,7 @@ class DirectPredHead(nn.Module):
             return z @ self.weight.to(z.dtype)
         eager = not torch.compiler.is_compiling()
         if eager and _in_backward():  # activation checkpointing runs a forward again
+            self._backward_seen = True
             return z @ self.weight.to(z.dtype)
         if eager and self._backward_seen:
             self._settle()
@@ -179,6 +180,7 @@ class DirectPredHead(nn.Module):
         of a model with one collective.
 
         Raises:
+            TypeError: The weight is a parameter (between="train") that `fully_shard` has sharded.
             ValueError: The rule gave a weight that is not finite (where that can be told without
                 a synchronisation), or, with nonfinite="raise", the features of another rank are
                 not finite or the correlation overflows. The step is dropped on every rank: what
@@ -254,6 +256,11 @@ class DirectPredHead(nn.Module):
     def _advance(self, batch: Moments, abandoned: Tensor | None) -> None:
         """Close the step; where `abandoned` (0-d bool) holds, without any change to the state."""
         self._drop()
+        if hasattr(self.weight, "full_tensor"):  # a DTensor
+            raise TypeError(
+                "fully_shard has sharded the weight of a head with between='train': take 'hold', "
+                "with which it is a buffer"
+            )
         if isinstance(batch.rows, Tensor):  # of all ranks, which may have none
             empty = batch.rows == 0
             abandoned = empty if abandoned is None else abandoned | empty
