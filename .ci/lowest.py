@@ -10,6 +10,7 @@ from pathlib import Path
 
 
 def lowest(requirements: list[str], extras: dict[str, list[str]]) -> list[str]:
+    """Requirements ``name>=version`` as ``name==version``, those of the package's extras too."""
     pinned = []
     for requirement in requirements:
         if inner := re.fullmatch(r"directpred\[(.+)\]", requirement):

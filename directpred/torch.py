@@ -473,22 +473,17 @@ def _full_precision(device: torch.device) -> Iterator[None]:
         if torch.compiler.is_compiling():
             yield
             return
-        before = [(matmul, getattr(matmul, _SETTING)) for matmul in _MATMULS]
+        before = [(matmul, matmul.fp32_precision) for matmul in _MATMULS]
         for matmul in _MATMULS:
-            setattr(matmul, _SETTING, _FULL)
+            matmul.fp32_precision = "ieee"
         try:
             yield
         finally:
-            for matmul, setting in before:
-                setattr(matmul, _SETTING, setting)
+            for matmul, precision in before:
+                matmul.fp32_precision = precision
 
 
-# torch 2.9 has one setting for all backends; before, only CUDA's products had one.
-_SETTING, _FULL, _MATMULS = (
-    ("fp32_precision", "ieee", (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul))  # type: ignore[attr-defined]
-    if hasattr(torch.backends.cuda.matmul, "fp32_precision")
-    else ("allow_tf32", False, (torch.backends.cuda.matmul,))
-)
+_MATMULS: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
 
 
 def _as_constants() -> None:

@@ -26,6 +26,8 @@ LINKS = [
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda text: text.split("\n")[0])
 def test_example_runs(example):
     pytest.importorskip("torch")
+    if "import jax" in example:
+        pytest.importorskip("jax")
     exec(compile(example, "README.md", "exec"), {"__name__": "__main__"})
 
 
