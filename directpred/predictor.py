@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, TypeAlias
 
+import numpy as np
 from array_api_compat import array_namespace, device
 
 from directpred.array import Array, on_host
@@ -154,11 +155,12 @@ class DirectPred:
     fixes library and device. Statistics and weight are float64 where the features are, else
     float32; before the first array they are NumPy's.
 
-    In float32, features may be of any scale from 1e-20 to 1e18: with `eigh` the weight is within
-    1e-3 of ‖W_p‖ of the exact one, with `matmul` within 2e-3, and below 1e-18, where the squares
-    have fewer digits, within 5e-2. Smaller ones count as zero; so do those below 1e-19 where the
-    platform flushes denormal numbers, as XLA does. Larger ones fit as long as their correlation
-    and its norm do, and raise or are skipped as `nonfinite` says beyond that.
+    In float32, features may be of any scale from 1e-17 to 1e18, over a million rows a step: the
+    weight is within 1e-3 of ‖W_p‖ of the exact one, or 2e-3 by matrix products. Below, the
+    squares lose digits, and with 100 rows or more it is within 1e-2 at 1e-18, 5e-2 at 1e-19 and
+    0.2 at 1e-20; smaller features count as zero. Platforms that flush denormal numbers (XLA) are
+    as exact from 1e-15, and count as zero what is below 1e-19. Larger features fit as long as
+    their correlation and its norm do, and raise or are skipped as `nonfinite` says beyond that.
 
     Example:
         >>> import numpy as np
@@ -288,9 +290,11 @@ class DirectPred:
         return self._close(self._state, self._accumulated)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state as plain arrays and numbers, with a version.
+        """Return the state as plain arrays with a version, the numbers as 0-d arrays of NumPy.
 
         What was accumulated for a step that is not closed yet is part of it; the options are not.
+        `numpy.savez(path, **state)` and, of arrays of NumPy, `safetensors.numpy.save_file(state,
+        path)` take it as it is.
         """
         state = self._state._replace(step_count=self.step_count, skipped=self.skipped)
         return to_dict(state, self._accumulated)
@@ -305,11 +309,16 @@ class DirectPred:
             state: The saved state; it is copied.
 
         Raises:
-            ValueError: Of another version, dim or set of entries, or not finite. Nothing changes.
+            ValueError: Of another version, dim or set of entries, not finite, or beyond the dtype in
+                use. Nothing changes.
         """
         loaded, accumulated = from_dict(state, self.dim)
         if self._bound:
             weight = self._state.weight
+            largest = float(array_namespace(weight).finfo(weight.dtype).max)
+            for name, x in loaded._asdict().items():
+                if (top := float(np.max(np.abs(x)))) > largest:
+                    raise ValueError(f"{name} must fit {weight.dtype}, got up to {top:.3g}")
             loaded = moved(loaded, weight, weight.dtype)
             accumulated = accumulated and moved(accumulated, weight, weight.dtype)
         self._state, self._accumulated = loaded, accumulated
