@@ -6,6 +6,7 @@ correlation of a step is one of all its rows, however they were spread.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 from array_api_compat import array_namespace, is_array_api_obj
@@ -13,11 +14,15 @@ from array_api_compat import array_namespace, is_array_api_obj
 from directpred.array import Array
 
 
+UNIT = 2.0**-12
+"""The unit of Σ z zᵀ, so that over a million rows it fits float32 where its mean does."""
+
+
 class Moments(NamedTuple):
     """Sums over the rows z of a batch.
 
     Attributes:
-        outer: Σ z zᵀ, (dim, dim).
+        outer: UNIT · Σ z zᵀ, (dim, dim).
         total: Σ z, (dim,).
         rows: Number of rows; a number or a 0-d array.
     """
@@ -30,8 +35,11 @@ class Moments(NamedTuple):
 def moments(z: Array, dtype: Array) -> Moments:
     """Sum over the rows of one array of features.
 
-    The sum of outer products is one matrix product. Features of another dtype are converted block
-    by block, so that memory stays O(dim²) whatever the number of rows.
+    The sum of outer products is one matrix product, of features scaled by a power of two, which is
+    exact: the product overflows only where the mean of z zᵀ is beyond 1/16 of the largest number,
+    so features of 4e18 fit float32, and features of 1e-20 lose no more than the mean itself does.
+    Features of another dtype are converted block by block, so that memory stays O(dim²) whatever
+    the number of rows.
 
     Args:
         z: Features, (..., dim), real floating.
@@ -47,8 +55,11 @@ def moments(z: Array, dtype: Array) -> Moments:
     block = rows if z.dtype == dtype else max(4 * dim, 4096)
     merged: Moments | None = None
     for start in range(0, rows, block):
-        part = xp.astype(z[start : start + block, :], dtype, copy=False)
-        summed = Moments(part.T @ part, xp.sum(part, axis=0), part.shape[0])
+        n = min(block, rows - start)
+        part = xp.astype(z[start : start + n, :], dtype, copy=False)
+        scale = 2.0 ** -max(0, math.ceil(math.log2(n / 16) / 2))  # n · scale² ≤ 16
+        scaled = part * scale if scale < 1 else part
+        summed = Moments((scaled.T @ scaled) * (UNIT / scale**2), xp.sum(part, axis=0), n)
         merged = summed if merged is None else merge(merged, summed)
     assert merged is not None, "callers check that there is at least one row"
     return merged
@@ -69,7 +80,7 @@ def is_finite(batch: Moments) -> Array:
         A 0-d boolean array: no synchronisation with a device. False too when there are no rows.
     """
     xp = array_namespace(batch.outer)
-    return xp.all(xp.isfinite(xp.linalg.diagonal(batch.outer) / batch.rows))
+    return xp.all(xp.isfinite(xp.linalg.diagonal(batch.outer) / (batch.rows * UNIT)))
 
 
 def moving_average(average: Array, batch_sum: Array, rows: Array, rho: Array) -> Array:

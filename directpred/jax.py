@@ -110,8 +110,8 @@ def init(
 def update(state: State, *views: ArrayLike, axis_name: Hashable = None) -> tuple[State, jax.Array]:
     """Take one step with all rows of all views: Eq. 19, and the weight where it is due.
 
-    A batch that is not finite, or whose correlation overflows, leaves the state as it was and is
-    counted in `skipped`. With freq > 1 the solve is computed at every update.
+    A batch that is not finite, or whose correlation or weight overflows, leaves the state as it was
+    and is counted in `skipped`. With freq > 1 the solve is computed at every update.
 
     Args:
         state: The state before the step.
@@ -139,8 +139,8 @@ def gather(state: State, *views: ArrayLike) -> Moments:
         *views: As for `update`.
 
     Returns:
-        The moments of all rows: Σ z zᵀ (dim, dim) and Σ z (dim,) in the dtype of the state, and
-        the number of rows, 0-d int32. A pytree, constant for differentiation.
+        The moments of all rows: UNIT · Σ z zᵀ (dim, dim) and Σ z (dim,) in the dtype of the state,
+        and the number of rows, 0-d int32. A pytree, constant for differentiation.
 
     Raises:
         TypeError, ValueError: As `update`.

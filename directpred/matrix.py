@@ -37,8 +37,8 @@ Quintic = tuple[float, float, float]
 def largest_eigenvalue(matrix: Array) -> Array:
     """The largest eigenvalue of a symmetric positive semi-definite matrix, without a host sync.
 
-    The matrix A, scaled to trace 1, is squared and rescaled m times; with B the result, whose
-    trace is 1 too, ln λ(B) is between ln tr B² and ½ ln tr B², and the middle of the two is within
+    The matrix A, over its largest entry, is squared and rescaled m times; with B the result, whose
+    trace is 1, ln λ(B) is between ln tr B² and ½ ln tr B², and the middle of the two is within
     ¼ ln dim. That error is divided by 2ᵐ on the way back to A, so it holds whatever the gaps
     between the eigenvalues, where a power iteration would stall on a cluster.
 
@@ -52,16 +52,16 @@ def largest_eigenvalue(matrix: Array) -> Array:
     xp = array_namespace(matrix)
     dim = matrix.shape[0]
     squarings = math.ceil(math.log2(max(1.0, math.log(dim) / (4 * tolerance(matrix)))))
-    tiny = _tiny(matrix)
-    trace = xp.linalg.trace(matrix)
-    b = matrix / (trace + tiny)
+    tiny = float(xp.finfo(matrix.dtype).smallest_normal)
+    top = xp.max(xp.linalg.diagonal(matrix))  # the largest entry; a trace might overflow
+    b = matrix / _or_one(top)
     frobenius = xp.sum(b * b) + tiny
     log = 0.0
     for m in range(1, squarings + 1):
         b = (b @ b) / frobenius
         log = log + xp.log(frobenius) / 2**m
         frobenius = xp.sum(b * b) + tiny
-    return trace * xp.exp(log + 0.75 * xp.log(frobenius) / 2**squarings)
+    return top * xp.exp(log + 0.75 * xp.log(frobenius) / 2**squarings)
 
 
 def square_root(matrix: Array, largest: Array) -> Array:
@@ -85,7 +85,7 @@ def square_root(matrix: Array, largest: Array) -> Array:
         its own norm in spectral norm.
     """
     xp = array_namespace(matrix)
-    scale = largest * (1 + 2 * tolerance(matrix)) + _tiny(matrix)
+    scale = _or_one(largest) * (1 + 2 * tolerance(matrix))
     eye = xp.eye(matrix.shape[0], dtype=matrix.dtype, device=device(matrix))
     *steps, (a, b, c) = _polynomials(matrix)
     y = zy = matrix / scale
@@ -96,7 +96,11 @@ def square_root(matrix: Array, largest: Array) -> Array:
         z = factor if z is None else factor @ z
         zy = z @ y
     half = y @ ((a / 2) * eye + (b / 2) * zy + (c / 2) * (zy @ zy))
-    return (half + half.T) * xp.sqrt(scale)
+    root = half + half.T
+    # A negative eigenvalue beyond rounding diverges: the matrix is no more than rounding errors,
+    # and √x ≈ x is as good as any other function of it.
+    bounded = xp.max(xp.abs(xp.linalg.diagonal(root))) < 2
+    return xp.where(bounded, root, matrix / scale) * xp.sqrt(scale)
 
 
 def positive_part(matrix: Array) -> Array:
@@ -183,8 +187,10 @@ def _is_single(matrix: Array) -> bool:
     return bool(array_namespace(matrix).finfo(matrix.dtype).bits == 32)
 
 
-def _tiny(matrix: Array) -> float:
-    return float(array_namespace(matrix).finfo(matrix.dtype).smallest_normal)
+def _or_one(x: Array) -> Array:
+    """X where it is positive, else 1: what to divide by, exact also for denormal numbers."""
+    xp = array_namespace(x)
+    return xp.where(x > 0, x, xp.ones_like(x))
 
 
 # In float32, a seventh step would gain less in theory than it loses in rounding, which the inverse

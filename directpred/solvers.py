@@ -1,7 +1,8 @@
 """Solvers: from the correlation and a rule to the predictor's weight.
 
-A solver is a pure function ``solver(correlation, rule) -> weight``: a symmetric positive
-semi-definite (dim, dim) matrix to the symmetric (dim, dim) matrix U diag(rule(s)) Uᵀ.
+A solver is a pure function ``solver(correlation, rule, noise) -> weight``: a symmetric positive
+semi-definite (dim, dim) matrix to the symmetric (dim, dim) matrix U diag(rule(s)) Uᵀ. ``noise`` is
+what rounding may have made of an eigenvalue of 0, beyond the rounding of the matrix itself.
 """
 
 from __future__ import annotations
@@ -15,18 +16,19 @@ from directpred.array import Array, on_host
 from directpred.matrix import largest_eigenvalue, square_root
 from directpred.spectrum import Rule
 
-Solver: TypeAlias = Callable[[Array, Rule], Array]
+Solver: TypeAlias = Callable[[Array, Rule, Array], Array]
 
 
-def eigh(correlation: Array, rule: Rule) -> Array:
+def eigh(correlation: Array, rule: Rule, noise: Array = 0.0) -> Array:
     """Solve by a symmetric eigendecomposition; any rule.
 
-    Eigenvalues within rounding of 0 (below 8 units in the last place of the largest) count as 0:
-    they are noise, and a square root would blow a noise of 1e-7 up to 3e-4.
+    Eigenvalues within rounding of 0 (below 8 units in the last place of the largest, and `noise`)
+    count as 0: a square root would blow a noise of 1e-7 up to 3e-4.
 
     Args:
         correlation: Symmetric (dim, dim), float32 or float64, finite.
         rule: The spectral rule.
+        noise: Absolute error of the eigenvalues, ≥ 0, a number or 0-d.
 
     Returns:
         The weight, exactly symmetric, (dim, dim), in the dtype of the correlation.
@@ -36,8 +38,7 @@ def eigh(correlation: Array, rule: Rule) -> Array:
     """
     xp = array_namespace(correlation)
     s, u = xp.linalg.eigh(correlation)
-    noise = 8 * xp.finfo(s.dtype).eps * s[-1]
-    p = rule(xp.where(s > noise, s, xp.zeros_like(s)))
+    p = rule(xp.where(s > 8 * xp.finfo(s.dtype).eps * s[-1] + noise, s, xp.zeros_like(s)))
     if getattr(p, "shape", None) != s.shape:
         raise ValueError(
             f"the rule {rule!r} must return an array of shape {tuple(s.shape)}, "
@@ -47,15 +48,17 @@ def eigh(correlation: Array, rule: Rule) -> Array:
     return half + half.T  # a matrix product alone is symmetric only to rounding
 
 
-def matmul(correlation: Array, rule: Rule) -> Array:
+def matmul(correlation: Array, rule: Rule, noise: Array = 0.0) -> Array:
     """Solve by a fixed number of matrix products; rules that have a `matrix_power`.
 
     No host synchronisation, so it can be captured in a CUDA graph. The error is at most 1e-3 of
-    ‖W_p‖ in spectral norm in float32, whatever the spectrum, and 2e-7 in float64.
+    ‖W_p‖ in spectral norm in float32, whatever the spectrum, and 2e-7 in float64. Noise enters as
+    a ridge under the square root, which diverges for negative eigenvalues.
 
     Args:
         correlation: Symmetric (dim, dim), float32 or float64, finite.
         rule: A rule for which `solvable_by_matmul` holds.
+        noise: As for `eigh`.
 
     Returns:
         The weight, exactly symmetric, (dim, dim), in the dtype of the correlation.
@@ -63,11 +66,11 @@ def matmul(correlation: Array, rule: Rule) -> Array:
     xp = array_namespace(correlation)
     form = cast(MatrixRule, rule)
     largest = largest_eigenvalue(correlation)
+    eye = xp.eye(correlation.shape[0], dtype=correlation.dtype, device=device(correlation))
     if form.matrix_power == 1:
         powered = (correlation + correlation.T) / 2  # a product is symmetric only to rounding
     else:
-        powered = square_root(correlation, largest)
-    eye = xp.eye(correlation.shape[0], dtype=correlation.dtype, device=device(correlation))
+        powered = square_root(correlation + noise * eye, largest + noise)
     return form.matrix(powered, largest, eye)
 
 
@@ -87,7 +90,7 @@ def solvable_by_matmul(rule: Rule) -> bool:
     return getattr(rule, "matrix_power", None) in (0.5, 1)
 
 
-def auto(correlation: Array, rule: Rule) -> Array:
+def auto(correlation: Array, rule: Rule, noise: Array = 0.0) -> Array:
     """Solve by the faster of the two for the rule, the device and the dim.
 
     On a CPU an eigendecomposition costs less than the products of a square root; on a GPU, where
@@ -96,6 +99,7 @@ def auto(correlation: Array, rule: Rule) -> Array:
     Args:
         correlation: As the solvers.
         rule: As the solvers.
+        noise: As the solvers.
 
     Returns:
         As the solvers.
@@ -103,7 +107,7 @@ def auto(correlation: Array, rule: Rule) -> Array:
     products = solvable_by_matmul(rule) and (
         not on_host(correlation) or cast(MatrixRule, rule).matrix_power == 1
     )
-    return (matmul if products else eigh)(correlation, rule)
+    return (matmul if products else eigh)(correlation, rule, noise)
 
 
 SOLVERS: dict[str, Solver] = {"auto": auto, "eigh": eigh, "matmul": matmul}

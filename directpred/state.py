@@ -9,9 +9,10 @@ import numpy as np
 from array_api_compat import array_namespace, device, is_array_api_obj, is_jax_array, to_device
 
 from directpred.array import Array, on_host
-from directpred.correlation import Moments
+from directpred.correlation import UNIT, Moments
 
-VERSION = 1
+VERSION = 2
+"""Since 2 `accumulated_outer` is in the unit of `Moments`; in 1 it is the plain sum Σ z zᵀ."""
 
 
 class State(NamedTuple):
@@ -62,11 +63,14 @@ def moved(arrays: Arrays, like: Array, dtype: Any) -> Arrays:
 
 
 def to_dict(state: State, accumulated: Moments | None) -> dict[str, Any]:
-    """The entries of a saved state: arrays and numbers under plain names."""
+    """The entries of a saved state: arrays under plain names, the numbers as 0-d arrays of NumPy.
+
+    Formats that hold nothing but arrays (npz, safetensors) so take them as they are.
+    """
     entries: dict[str, Any] = {"version": VERSION, **state._asdict()}
     if accumulated is not None:
         entries |= {f"accumulated_{name}": x for name, x in accumulated._asdict().items()}
-    return entries
+    return {name: np.asarray(x) if isinstance(x, int) else x for name, x in entries.items()}
 
 
 def from_dict(entries: Mapping[str, Any], dim: int) -> tuple[State, Moments | None]:
@@ -78,11 +82,11 @@ def from_dict(entries: Mapping[str, Any], dim: int) -> tuple[State, Moments | No
 
     Raises:
         ValueError: An entry is missing or unknown, of another shape, or not finite; or the version
-            is not the one of this release.
+            is not one that this release knows.
     """
-    version: Any = entries.get("version")
-    if np.ndim(version) or version != VERSION:
-        raise ValueError(f"expected a DirectPred state of version {VERSION}, got {version!r}")
+    version = to_numpy(entries.get("version")).tolist()
+    if version not in (1, VERSION):
+        raise ValueError(f"expected a DirectPred state of version {VERSION} or version 1, got {version!r}")
     shapes = {
         "correlation": (dim, dim),
         "mean": (dim,),
@@ -108,5 +112,7 @@ def from_dict(entries: Mapping[str, Any], dim: int) -> tuple[State, Moments | No
             raise ValueError(f"{name} must hold finite numbers, got {x.dtype} {x}")
         if not shapes[name] and not (x >= 0 and x == int(x)):
             raise ValueError(f"{name} must be a whole number ≥ 0, got {x}")
+    if version == 1 and "accumulated_outer" in arrays:
+        arrays["accumulated_outer"] = arrays["accumulated_outer"] * UNIT
     values = [x if x.ndim else int(x) for x in arrays.values()]
     return State(*values[:5]), Moments(*values[5:]) if values[5:] else None

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from directpred.correlation import Moments, is_finite, merge, moments, moving_average
+from directpred.correlation import UNIT, Moments, is_finite, merge, moments, moving_average
 
 
 def dtype_of(backend, name):
@@ -15,7 +15,7 @@ def test_moments_are_the_sums_over_rows(backend, rng, shape):
     z = rng.normal(size=shape)
     got = moments(backend.array(z), dtype_of(backend, "float64"))
     rows = z.reshape(-1, 3)
-    np.testing.assert_allclose(backend.to_numpy(got.outer), rows.T @ rows, rtol=1e-12)
+    np.testing.assert_allclose(backend.to_numpy(got.outer), UNIT * rows.T @ rows, rtol=1e-12)
     np.testing.assert_allclose(backend.to_numpy(got.total), rows.sum(axis=0), rtol=1e-12)
     assert got.rows == len(rows)
 
@@ -23,7 +23,8 @@ def test_moments_are_the_sums_over_rows(backend, rng, shape):
 def test_strided_features(backend, rng):
     z = rng.normal(size=(3, 40))
     got = moments(backend.array(z).T[::2, :], dtype_of(backend, "float64"))
-    np.testing.assert_allclose(backend.to_numpy(got.outer), z[:, ::2] @ z[:, ::2].T, rtol=1e-12)
+    expected = UNIT * z[:, ::2] @ z[:, ::2].T
+    np.testing.assert_allclose(backend.to_numpy(got.outer), expected, rtol=1e-12)
 
 
 @given(cuts=st.lists(st.integers(1, 49), unique=True, max_size=5))
@@ -47,7 +48,8 @@ def test_narrow_features_are_summed_in_float32_block_by_block(backend, rng, dim)
     assert got.rows == 9001
     assert got.outer.dtype == dtype_of(backend, "float32")
     wide = z.astype(np.float64)
-    np.testing.assert_allclose(backend.to_numpy(got.outer), wide.T @ wide, rtol=1e-4, atol=0.05)
+    outer = backend.to_numpy(got.outer) / UNIT
+    np.testing.assert_allclose(outer, wide.T @ wide, rtol=1e-4, atol=0.05)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e200])

@@ -1,0 +1,170 @@
+"""The weight from features of any scale against the float64 oracle.
+
+Bounds are of ‖W_p − oracle‖ / ‖oracle‖ in spectral norm. In float32, for features with a spectrum
+like that of real ones, of full or low rank: 1e-3 by eigh and 2e-3 by matmul from 1e-17 to 1e18;
+from there down the squares lose digits, and a root makes of an error δ in F̂ one of √δ: 1e-2 at
+1e-18, 5e-2 at 1e-19, 0.2 at 1e-20 (of a hundred rows and more; the fewer, the worse). In float64, 1e-7
+wherever squares fit. XLA flushes denormal numbers: there the bounds hold from 1e-15, and features
+below 1e-19 count as zero.
+"""
+
+import copy
+
+import numpy as np
+import pytest
+from array_api_compat import array_namespace
+
+import directpred as dp
+import oracle
+from directpred.state import to_numpy
+
+DIM = 24
+RULES = [
+    (dp.Eq18(), lambda s: oracle.eq18(s, 0.1)),
+    (dp.DirectSet(), lambda s: oracle.directset(s, 0.5, 0.1)),
+    (dp.DirectCopy(), lambda s: oracle.directcopy(s, 0.3)),
+    (dp.BoostScale(), lambda s: oracle.boost_scale(s, 0.01, 0.5, False, 1e-4)),
+]
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in matmul:RuntimeWarning")
+
+
+def exact_weight(z, rule):
+    """`oracle.weight` for many rows, whose singular vectors would not fit."""
+    wide = z.astype(np.float64)
+    s, u = np.linalg.eigh(wide.T @ wide / len(wide))
+    return (u * rule(np.maximum(s, 0))) @ u.T
+
+
+def features(rng, rows=100, dim=DIM, rank=None):
+    z = rng.normal(size=(rows, dim)) * np.arange(1, dim + 1.0) ** -0.5
+    return z if rank is None else z[:, :rank] @ rng.normal(size=(rank, dim))
+
+
+def relative_error(weight, exact):
+    return np.linalg.norm(to_numpy(weight) - exact, 2) / np.linalg.norm(exact, 2)
+
+
+def bound(scale, dtype, solver):
+    if dtype == "float64":
+        return 1e-7
+    for least, error in ((1e-17, 2e-3 if solver == "matmul" else 1e-3), (1e-18, 1e-2)):
+        if scale >= least:
+            return error
+    return 5e-2 if scale >= 1e-19 else 0.2
+
+
+@pytest.mark.parametrize("solver", ["eigh", "matmul"])
+@pytest.mark.parametrize(("rule", "expected"), RULES, ids=str)
+@pytest.mark.parametrize("rank", [None, 5])
+@pytest.mark.parametrize(
+    ("dtype", "scales"),
+    [
+        ("float32", [1e-20, 1e-19, 1e-18, 1e-17, 1e-9, 1, 1e9, 1e18]),
+        ("float64", [1e-150, 1e152]),
+    ],
+)
+def test_weight_equals_the_oracle_at_any_scale(
+    backend, rng, dtype, scales, rank, rule, expected, solver
+):
+    base = [features(rng, rank=rank) for _ in range(2)]
+    for scale in scales:
+        if scale < 1e-15 and dtype == "float32" and backend.module == "jax.numpy":
+            continue
+        predictor = dp.DirectPred(DIM, rule=rule, solver=solver)
+        batches = [[(scale * z).astype(dtype)] for z in base]
+        for (z,) in batches:
+            weight = predictor.update(backend.array(z, dtype))
+        error = relative_error(weight, oracle.weight(batches, 0.3, expected))
+        assert error <= bound(scale, dtype, solver), (scale, error)
+
+
+@pytest.mark.parametrize("solver", ["eigh", "matmul"])
+@pytest.mark.parametrize("rule", [rule for rule, _ in RULES], ids=str)
+@pytest.mark.parametrize("scale", [1e-45, 1e-30, 1e-22, 1e-20, 1e-19])
+def test_features_that_are_too_small_count_as_zero(backend, rng, solver, rule, scale):
+    predictor = dp.DirectPred(DIM, rule=rule, solver=solver)
+    for rows in (1, 7, 100):
+        z = (scale * features(rng, rows)).astype("float32")
+        assert np.isfinite(to_numpy(predictor.update(backend.array(z, "float32")))).all()
+
+
+@pytest.mark.parametrize("solver", ["eigh", "matmul"])
+def test_large_features_of_many_rows_do_not_overflow(backend, rng, solver):
+    """Σ z zᵀ would, beyond 340 rows of 1e18; over micro-batches too."""
+    rule, expected = RULES[1]
+    predictor = dp.DirectPred(4, rule=rule, solver=solver)
+    z = (1e18 * features(rng, 5000, 4)).astype("float32")
+    for _ in range(40):
+        predictor.accumulate(backend.array(z, "float32"))
+    exact = exact_weight(z, expected)
+    assert relative_error(predictor.step(), exact) <= bound(1, "float32", solver)
+
+
+def test_a_million_rows_do_not_overflow():
+    z = np.broadcast_to(np.float32([1e18, 0]), (1_000_000, 2))
+    weight = dp.DirectPred(2, rule=dp.DirectSet()).update(z)
+    np.testing.assert_allclose(weight, np.diag([1.1e18, 0.1e18]), rtol=1e-4, atol=1e14)
+
+
+@pytest.mark.parametrize(("dtype", "largest"), [("float16", 65504.0), ("bfloat16", 1e18)])
+def test_half_precision_features_never_overflow(backend, rng, dtype, largest):
+    if not hasattr(backend.library, dtype):
+        pytest.skip(f"{backend.module} has no {dtype}")
+    signs = backend.array(largest * np.sign(features(rng, 20_000, 8)), "float32")
+    z = array_namespace(signs).astype(signs, getattr(backend.library, dtype))
+    wide = to_numpy(array_namespace(z).astype(z, signs.dtype))
+    weight = dp.DirectPred(8, rule=dp.DirectSet()).update(z)
+    exact = exact_weight(wide, lambda s: oracle.directset(s, 0.5, 0.1))
+    assert relative_error(weight, exact) <= 1e-3
+
+
+@pytest.mark.parametrize("nonfinite", ["raise", "skip"])
+@pytest.mark.parametrize("scale", [1e20, 1e25, 1e38])
+def test_a_correlation_beyond_float32_never_enters(backend, rng, scale, nonfinite):
+    predictor = dp.DirectPred(4, nonfinite=nonfinite)
+    predictor.update(backend.array(features(rng, 50, 4), "float32"))
+    before = copy.deepcopy(predictor.state_dict())
+    z = backend.array(np.sign(features(rng, 50, 4)) * scale, "float32")
+    if nonfinite == "raise":
+        with pytest.raises(ValueError, match="the correlation of the features overflows"):
+            predictor.update(z)
+    else:
+        predictor.update(z)
+        before["skipped"] = 1
+    for name, x in predictor.state_dict().items():
+        np.testing.assert_array_equal(to_numpy(x), to_numpy(before[name]), err_msg=name)
+
+
+@pytest.mark.parametrize("solver", ["eigh", "matmul"])
+@pytest.mark.parametrize("mean", [0.1, 1.0, 30.0, 1e4])
+@pytest.mark.parametrize("spread", [0.0, 1e-3, 1.0])
+def test_the_centred_correlation_of_collapsed_features_is_finite(
+    backend, rng, solver, mean, spread
+):
+    """F̂ − m mᵀ is then a difference of rounding errors, of either sign; off by √ε ‖m‖ at most."""
+    z = mean * rng.uniform(0.5, 1.5, DIM) + spread * rng.normal(size=(256, DIM))
+    predictor = dp.DirectPred(DIM, rule=dp.DirectSet(), center=True, solver=solver)
+    with np.errstate(over="ignore", invalid="ignore"):
+        for _ in range(3):
+            weight = to_numpy(predictor.update(backend.array(z, "float32")))
+    s, u = np.linalg.eigh(np.cov(z.T, bias=True))
+    exact = (u * (np.sqrt(np.maximum(s, 0)) + 0.1 * np.sqrt(s[-1]))) @ u.T
+    error = np.linalg.norm(weight - exact, 2)
+    assert error <= 2e-3 * np.linalg.norm(exact, 2) + 4e-3 * mean * DIM**0.5
+
+
+def test_where_values_are_unknown_a_weight_that_overflows_is_skipped(rng):
+    """The correlation of these rows fits float32, its norm does not."""
+    xp = pytest.importorskip("array_api_strict")
+    there = xp.Device("device1")
+    predictor = dp.DirectPred(64, solver="eigh", nonfinite="skip")
+    predictor.update(xp.asarray(features(rng, 80, 64).astype("float32"), device=there))
+    before = copy.deepcopy(predictor.state_dict())
+    z = np.full((4, 64), 4e18, "float32")
+    with np.errstate(over="ignore", invalid="ignore"):
+        predictor.update(xp.asarray(z, device=there))
+        with pytest.raises(ValueError, match="gave a weight that is not finite"):
+            dp.DirectPred(64, solver="eigh").update(z)
+    for name, x in predictor.state_dict().items():
+        expected = 1 if name == "skipped" else to_numpy(before[name])
+        np.testing.assert_array_equal(to_numpy(x), expected, err_msg=name)
