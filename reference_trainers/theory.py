@@ -8,7 +8,7 @@ import io
 import math
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 from . import records
@@ -105,15 +106,14 @@ def table(results: Mapping[str, Result]) -> Table:
     for heading in ("predicted", "measured", ""):
         shown.add_column(heading, justify="right", no_wrap=True)
     for name, result in results.items():
-        shown.add_row(f"[bold]{name}[/bold]: {result.claim}", end_section=False)
-        for index, finding in enumerate(result.findings):
+        shown.add_row(f"[bold]{name}[/bold]: {escape(result.claim)}")
+        for finding in result.findings:
             predicted = "–" if finding.predicted is None else _number(finding.predicted)
             if finding.relation != "=":
                 predicted = f"{finding.relation} {predicted}"
             mark = {True: "yes", False: "[bold]no[/bold]", None: ""}[finding.holds]
-            last = index == len(result.findings) - 1
-            what = f"  {finding.what}".replace("[", "\\[")
-            shown.add_row(what, predicted, _number(finding.measured), mark, end_section=last)
+            shown.add_row(f"  {escape(finding.what)}", predicted, _number(finding.measured), mark)
+        shown.add_section()
     return shown
 
 
@@ -191,20 +191,8 @@ def _write(
     rows = csv.writer(text, lineterminator="\n")
     rows.writerow(["claim", "panel", "curve", "kind", "index", "x", "y", "value"])
     for name, result in results.items():
-        for panel in result.panels:
-            for number, curve in enumerate(panel.curves):
-                kind = "predicted" if curve.predicted else "measured"
-                label = curve.label or f"({number})"
-                columns = curve.y.reshape(len(curve.x), -1).T
-                for index, column in enumerate(columns):
-                    for x, y in zip(curve.x, column, strict=True):
-                        rows.writerow(
-                            [name, panel.title, label, kind, index, f"{x:.7g}", f"{y:.7g}", ""]
-                        )
-            if panel.cells:
-                for (i, j), value in np.ndenumerate(panel.cells.values):
-                    place = f"{panel.cells.x[j]:.7g}", f"{panel.cells.y[i]:.7g}", f"{value:.7g}"
-                    rows.writerow([name, panel.title, "cells", "measured", "", *place])
+        for number, panel in enumerate(result.panels, 1):
+            rows.writerows([name, number, *point] for point in _points(panel))
     records.write(directory / "dynamics.csv", text.getvalue())
     records.write_summary(
         directory,
@@ -222,6 +210,18 @@ def _write(
             },
         },
     )
+
+
+def _points(panel: Panel) -> Iterator[list[object]]:
+    """Curve, kind, index of the line in it, x, y; and value for the cells of a phase diagram."""
+    for number, curve in enumerate(panel.curves):
+        about = curve.label or number, "predicted" if curve.predicted else "measured"
+        for (row, *index), y in np.ndenumerate(curve.y):
+            yield [*about, *(index or [0]), f"{curve.x[row]:.7g}", f"{y:.7g}", ""]
+    if panel.cells:
+        for (row, column), value in np.ndenumerate(panel.cells.values):
+            x, y = panel.cells.x[column], panel.cells.y[row]
+            yield ["cells", "measured", 0, f"{x:.7g}", f"{y:.7g}", f"{value:.7g}"]
 
 
 def _entry(finding: Finding) -> dict[str, Any]:
