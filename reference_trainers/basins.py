@@ -44,6 +44,7 @@ def fixed_points(
     ends = np.asarray([end(partial(dyn.modes, eta=each, **knobs), start, each)[1] for each in etas])
     below, above = dyn.fixed_points(sigma2=sigma2, eta=etas, tau=tau)
     smooth = most * np.linspace(1e-3, 1, 400)
+    both = np.stack(dyn.fixed_points(sigma2=sigma2, eta=smooth, tau=tau), axis=1)
 
     flow = partial(dyn.modes, eta=eta, **knobs)
     times = np.linspace(0, 4 / eta, 81)
@@ -82,8 +83,7 @@ def fixed_points(
                 (
                     Curve("where modes end", etas, ends, 0, dots=True),
                     Curve("border of collapse", etas, borders, 1, dots=True),
-                    Curve(r"$p_\pm$", smooth, _branch(knobs, smooth, 1), predicted=True),
-                    Curve("", smooth, _branch(knobs, smooth, 0), predicted=True),
+                    Curve(r"$p_\pm$", smooth, both, predicted=True),
                 ),
                 ylim=(0, 1.05 * tau / (1 + sigma2)),
                 legend="center left",
@@ -92,11 +92,6 @@ def fixed_points(
             _portrait(eta, knobs),
         ),
     )
-
-
-def _branch(knobs: dict[str, Any], etas: Array, which: int) -> Array:
-    points = dyn.fixed_points(sigma2=knobs["sigma2"], eta=etas, tau=knobs["tau"])
-    return points[which]
 
 
 PORTRAIT = (
@@ -279,7 +274,7 @@ def _ema_basin(
         "collapse below this $p(0)$",
         (
             *curves,
-            Curve(r"$p_-$ for a fixed $\tau$, for 1", fine, below, predicted=True),
+            Curve(r"$p_-(\tau)$ for a fixed $\tau$; $p_-(1)$", fine, below, predicted=True),
             Curve("", np.array([0.1, 1.25]), np.full(2, lower), predicted=True),
         ),
         ylim=(0, 5 * lower),
@@ -327,7 +322,7 @@ def _ema_speed(rates: Sequence[float], knobs: dict[str, Any]) -> tuple[list[Find
 def _ema_alignment(
     outputs: int, tau: float, beta: float, seed: int, knobs: dict[str, Any]
 ) -> tuple[list[Finding], Panel]:
-    """K gains by a small τ for a given F and W_p, but such a τ keeps F small."""
+    """A small τ makes K larger for given F and W_p; but with it all is slower, and F smaller."""
     rng = np.random.default_rng(seed)
     W, W_p = 0.3 * random_matrix(outputs, outputs, rng), 0.3 * random_symmetric(outputs, rng)
     times = np.linspace(0, 60, 301)
@@ -469,7 +464,8 @@ def _spectra(
     u, v = (np.linalg.qr(rng.normal(size=(outputs, outputs)))[0] for _ in range(2))
     W, balanced = (u * roots) @ v, math.sqrt(alpha_p) * (u * roots) @ u.T
     X = np.eye(outputs)
-    times = np.linspace(0, 120 / tau**2, 241)
+    shown = np.linspace(0, 120 / tau**2, 241)
+    times = np.append(shown, 2 * shown[-1] + 12 / eta)  # a mode near p₋ takes long to decide
     runs = {}
     for name, predictor, W_p in (
         ("DirectPred", "directpred", balanced),
@@ -519,7 +515,7 @@ def _spectra(
         Finding("largest ‖L‖/(‖F‖‖W_p‖), DirectPred", runs["DirectPred"][1].max(), 1e-12, "≤")
     )
     names = "DirectPred", "trained, on the parabola"
-    curves = [Curve(name, times, runs[name][0], i) for i, name in enumerate(names)]
+    curves = [Curve(name, shown, runs[name][0][:-1], i) for i, name in enumerate(names)]
     ends = [np.full(2, tops[name]) for name in names]
     aligned = "DirectPred", "trained, random start"
     return (
@@ -530,17 +526,18 @@ def _spectra(
             "eigenvalues of $F$",
             (
                 *curves,
-                Curve("where they end", times[[0, -1]], ends[0], predicted=True),
-                Curve("", times[[0, -1]], ends[1], predicted=True),
+                Curve("where they end", shown[[0, -1]], ends[0], predicted=True),
+                Curve("", shown[[0, -1]], ends[1], predicted=True),
             ),
-            legend="center right",
+            ylim=(-0.05 * max(tops.values()), 1.5 * max(tops.values())),
+            legend="upper right",
         ),
         Panel(
             "DirectPred is aligned by construction",
             "time $t$",
             r"$\|[F,W_p]\|\,/\,\|F\|\|W_p\|$",
             tuple(
-                Curve(name, times, np.maximum(runs[name][1], 1e-17), 2 * i)
+                Curve(name, shown, np.maximum(runs[name][1][:-1], 1e-17), 2 * i)
                 for i, name in enumerate(aligned)
             ),
             log="y",

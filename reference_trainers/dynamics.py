@@ -29,7 +29,8 @@ the border of the basin of collapse, off the parabola s = p² / α_p            
 `reduced` follows from `full` for X = I, X′ = σ² I, W_a = τW, a W_p that is kept symmetric, and
 F = W Wᵀ; `modes` from `reduced` where F and W_p share their eigenvectors, s_j and p_j being their
 eigenvalues. With q = α_p s the modes do not depend on α_p at all, so that α_p decides only how
-large a given s counts.
+large a given s counts. A fixed τ is a clock: F/τ², W_p/τ, η/τ² and τ²t obey the reduced system with
+τ = 1.
 """
 
 from __future__ import annotations
@@ -250,8 +251,8 @@ def modes_ema(
 def modes_directpred(
     s: Array, *, rule: Rule, sigma2: float, eta: float, tau: float
 ) -> tuple[Array]:
-    """The modes where a rule sets p from s, (d,), ascending as rules take them: ṡ, (d,)."""
-    p = rule(s)
+    """The modes where a rule sets p from s, (n,), ascending as rules take them: ṡ, (n,)."""
+    p = rule(np.maximum(s, 0))  # a step of the solver may try less
     return (2 * s * (p * (tau - (1 + sigma2) * p) - eta),)
 
 

@@ -118,7 +118,7 @@ def table(results: Mapping[str, Result]) -> Table:
 
 
 def _number(value: float) -> str:
-    return f"{value:.4g}"
+    return "∞" if value == math.inf else f"{value:.4g}"
 
 
 def draw(result: Result, path: Path) -> None:
@@ -220,8 +220,8 @@ def _points(panel: Panel) -> Iterator[list[object]]:
             yield [*about, *(index or [0]), f"{curve.x[row]:.7g}", f"{y:.7g}", ""]
     if panel.cells:
         for (row, column), value in np.ndenumerate(panel.cells.values):
-            x, y = panel.cells.x[column], panel.cells.y[row]
-            yield ["cells", "measured", 0, f"{x:.7g}", f"{y:.7g}", f"{value:.7g}"]
+            place = panel.cells.x[column], panel.cells.y[row]
+            yield ["cells", "measured", 0, *(f"{x:.7g}" for x in (*place, value))]
 
 
 def _entry(finding: Finding) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""`directpred dynamics`: the equations against the loss that they descend, and each claim's number."""
+"""`directpred dynamics`: the equations against the loss they descend, and each claim's number."""
 
 from __future__ import annotations
 
@@ -136,6 +136,16 @@ def test_the_reduced_system_follows_from_the_full_one(rng) -> None:
     F_dot_r, W_p_dot_r = dyn.reduced(W @ W.T, W_p, **SMALL)
     np.testing.assert_allclose(W_dot @ W.T + W @ W_dot.T, F_dot_r, atol=1e-12)
     np.testing.assert_allclose(W_p_dot, W_p_dot_r, atol=1e-12)
+
+
+def test_a_fixed_target_is_a_clock(rng) -> None:
+    F, W_p = (x + x.T for x in rng.normal(size=(2, 3, 3)))
+    alpha_p, sigma2, eta, tau = SMALL.values()
+    F_dot, W_p_dot = dyn.reduced(F, W_p, **SMALL)
+    scaled = {"alpha_p": alpha_p, "sigma2": sigma2, "eta": eta / tau**2, "tau": 1.0}
+    F_dot_1, W_p_dot_1 = dyn.reduced(F / tau**2, W_p / tau, **scaled)
+    np.testing.assert_allclose(F_dot, F_dot_1 * tau**4, atol=1e-12)
+    np.testing.assert_allclose(W_p_dot, W_p_dot_1 * tau**3, atol=1e-12)
 
 
 def test_the_modes_follow_from_the_reduced_system(rng) -> None:
@@ -415,6 +425,15 @@ def test_a_claim_at_other_knobs(tmp_path: Path, capsys: pytest.CaptureFixture[st
     found = findings(tmp_path / "mine", "theorem1")
     assert found["rate of ‖WWᵀ − W_pᵀW_p/α_p‖, η = 0.1"]["measured"] == pytest.approx(0.2, rel=1e-5)
     assert "theorem1" in capsys.readouterr().out
+
+
+def test_without_its_boost_directpred_rescues_no_mode(tmp_path: Path) -> None:
+    where = ["--out", str(tmp_path), "--name", "bare"]
+    assert main(["dynamics", "directpred", "--eps", "0", *where]) == 0
+    found = findings(tmp_path / "bare", "directpred")
+    assert found["modes alive of 12, DirectPred"]["measured"] == 7
+    assert found["modes alive of 12, DirectPred"]["predicted"] is None
+    assert not any(line["holds"] is False for line in found.values())
 
 
 @pytest.mark.parametrize(
