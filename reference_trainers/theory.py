@@ -122,13 +122,14 @@ def _number(value: float) -> str:
 
 
 def draw(result: Result, path: Path) -> None:
-    """Draw the panels of a claim side by side.
+    """Draw the panels of a claim, three in a row at most.
 
     Args:
         result: Of the claim.
         path: The PNG to write.
     """
-    _figure(result.panels, len(result.panels), path, width=4.6)
+    count = len(result.panels)
+    _figure(result.panels, count if count <= 3 else math.ceil(count / 2), path, width=4.6)
 
 
 def overview(results: Sequence[Result], path: Path) -> None:
