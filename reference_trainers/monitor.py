@@ -79,8 +79,8 @@ def of_linear(weight: Tensor, projector: nn.Module, correlation: Tensor) -> Meas
     ``alignment`` as `directpred.metrics.alignment`; ``correlation_eigenvalues`` s_j;
     ``weight_diagonal``, p_j = u_jᵀ W_p u_j, the eigenvalues of an aligned predictor. The paper's
     Theorem 1 ties ``weight_norms``, ‖W_p u_j‖, to ``projector_norms``, ‖Wᵀ u_j‖ of the projector's
-    last layer W, whatever the network in front of it (left out where a normalisation stands
-    between them). ``weight_eigenvalues`` of a symmetric predictor are in their own ascending order.
+    last layer, W with the bias as a column, whatever the network in front of it (left out where a
+    normalisation stands between them). ``weight_eigenvalues`` of a symmetric predictor are in their own ascending order.
 
     Args:
         weight: Of the `torch.nn.Linear`, (dim, dim).
@@ -99,7 +99,8 @@ def of_linear(weight: Tensor, projector: nn.Module, correlation: Tensor) -> Meas
     }
     *_, last = projector.children()
     if isinstance(last, nn.Linear):
-        measured["projector_norms"] = (last.weight.detach().T @ u).norm(dim=0).tolist()
+        layer = torch.cat([last.weight, last.bias[:, None]], dim=1).detach()
+        measured["projector_norms"] = (layer.T @ u).norm(dim=0).tolist()
     if torch.equal(weight, weight.T):
         measured["weight_eigenvalues"] = _spectrum(weight)
     return measured
