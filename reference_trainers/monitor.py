@@ -80,7 +80,8 @@ def of_linear(weight: Tensor, projector: nn.Module, correlation: Tensor) -> Meas
     ``weight_diagonal``, p_j = u_jᵀ W_p u_j, the eigenvalues of an aligned predictor. The paper's
     Theorem 1 ties ``weight_norms``, ‖W_p u_j‖, to ``projector_norms``, ‖Wᵀ u_j‖ of the projector's
     last layer, W with the bias as a column, whatever the network in front of it (left out where a
-    normalisation stands between them). ``weight_eigenvalues`` of a symmetric predictor are in their own ascending order.
+    normalisation stands between them). A symmetric predictor has ``weight_eigenvalues`` besides, in
+    their own ascending order.
 
     Args:
         weight: Of the `torch.nn.Linear`, (dim, dim).
