@@ -198,7 +198,8 @@ class Sweep:
         """Data set, epochs and seeds."""
         count = len({run.recipe.seed for run in self.runs.ordered()})
         seeds = "1 seed" if count == 1 else f"mean ± std of {count} seeds"
-        return f"{self.base.dataset}, {self.base.epochs} epochs, {seeds}"
+        epochs = "1 epoch" if self.base.epochs == 1 else f"{self.base.epochs} epochs"
+        return f"{self.base.dataset}, {epochs}, {seeds}"
 
     def write(self, status: str) -> None:
         """Write summary.json and metrics.csv with what is there."""
