@@ -30,6 +30,8 @@ COLUMNS = {
     "effective_rank": ("effective\nrank", 1),
     "alignment": ("alignment", 2),
 }
+UNTRAINED = ("probe", "knn", "spread")
+"""What is told of the network before training; no predictor has a part in it."""
 
 
 def sweep(
@@ -135,8 +137,10 @@ class Sweep:
         floors: dict[int, list[Measurement]] = {}
         for point in grid.points():
             for run in self.found(grid, point):
-                floors.setdefault(run.recipe.seed, []).append(run.history[0])
-        same = all(_numbers(one) == _numbers(of[0]) for of in floors.values() for one in of)
+                before = run.history[0]
+                floor = {name: before[name] for name in UNTRAINED if name in before}
+                floors.setdefault(run.recipe.seed, []).append(floor)
+        same = all(one == of[0] for of in floors.values() for one in of)
         return [of[0] for of in floors.values()] if same else []
 
     def table(self, grid: Grid) -> Table:
@@ -155,7 +159,7 @@ class Sweep:
         caption = "untrained network: " + ", ".join(
             f"{heading.splitlines()[0]} {cell([floor[column] for floor in floors], digits)}"
             for column, (heading, digits) in columns.items()
-            if floors and column in ("probe", "knn", "spread")
+            if floors and column in UNTRAINED
         )
         table = Table(
             title=f"{grid.title}\n{self.about()}",
