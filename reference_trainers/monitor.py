@@ -35,8 +35,9 @@ def measure(model: Siamese, data: Dataset, workers: int = 0) -> Measurement:
     20, ``knn200`` of the 200 nearest neighbours. ``spread`` and ``effective_rank`` describe the
     features that enter the predictor, on the held-out images. ``alignment`` is between the
     predictor and the correlation of these features, for predictors that are a matrix. A DirectPred
-    head has its eigenvalues told too, ``correlation_eigenvalues`` of F̂ and ``weight_eigenvalues``.
-    All vectors are in ascending order of the correlation's eigenvalues.
+    head has its eigenvalues told too, ``correlation_eigenvalues`` of F̂ and ``weight_eigenvalues``;
+    of a learned linear predictor `of_linear` says what is. All vectors are in ascending order of
+    the correlation's eigenvalues.
 
     Args:
         model: Its mode is left as it was.
@@ -63,11 +64,46 @@ def measure(model: Siamese, data: Dataset, workers: int = 0) -> Measurement:
     measured["spread"] = float(spread(z))
     measured["effective_rank"] = float(effective_rank(correlation))
     if isinstance(model.predictor, nn.Linear):
-        measured["alignment"] = alignment(model.predictor.weight.T, correlation).tolist()
+        measured |= of_linear(model.predictor.weight.detach(), model.online.projector, correlation)
     if isinstance(model.predictor, DirectPredHead):
         measured["alignment"] = alignment(model.predictor.weight, correlation).tolist()
         measured["correlation_eigenvalues"] = _spectrum(model.predictor.correlation)
         measured["weight_eigenvalues"] = _spectrum(model.predictor.weight)
+    return measured
+
+
+def of_linear(weight: Tensor, projector: nn.Module, correlation: Tensor) -> Measurement:
+    """What a learned linear predictor has made of the eigenspaces of the features.
+
+    With the eigenvectors u_j of the correlation, in ascending order of its eigenvalues:
+    ``alignment`` as `directpred.metrics.alignment`; ``correlation_eigenvalues`` s_j;
+    ``weight_diagonal``, p_j = u_jᵀ W_p u_j, the eigenvalues of an aligned predictor. The paper's
+    Theorem 1 ties ``weight_norms``, ‖W_p u_j‖, to ``projector_norms``, ‖Wᵀ u_j‖ of the projector's
+    last layer, W with the bias as a column, whatever the network in front of it (left out where a
+    normalisation stands between them). A symmetric predictor has ``weight_eigenvalues`` besides, in
+    their own ascending order.
+
+    Args:
+        weight: Of the `torch.nn.Linear`, (dim, dim).
+        projector: Made by `networks.mlp`.
+        correlation: Of the features that enter the predictor, (dim, dim).
+
+    Returns:
+        Vectors of dim values by name.
+    """
+    s, u = torch.linalg.eigh(correlation)
+    measured: Measurement = {
+        "alignment": alignment(weight.T, correlation).tolist(),
+        "correlation_eigenvalues": s.tolist(),
+        "weight_diagonal": (u * (weight @ u)).sum(0).tolist(),
+        "weight_norms": (weight @ u).norm(dim=0).tolist(),
+    }
+    *_, last = projector.children()
+    if isinstance(last, nn.Linear):
+        layer = torch.cat([last.weight, last.bias[:, None]], dim=1).detach()
+        measured["projector_norms"] = (layer.T @ u).norm(dim=0).tolist()
+    if torch.equal(weight, weight.T):
+        measured["weight_eigenvalues"] = _spectrum(weight)
     return measured
 
 
