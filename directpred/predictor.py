@@ -309,8 +309,8 @@ class DirectPred:
             state: The saved state; it is copied.
 
         Raises:
-            ValueError: Of another version, dim or set of entries, not finite, or beyond the dtype in
-                use. Nothing changes.
+            ValueError: Of another version, dim or set of entries, not finite, or beyond the dtype
+                in use. Nothing changes.
         """
         loaded, accumulated = from_dict(state, self.dim)
         if self._bound:

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from conftest import BACKENDS
 
 import directpred as dp
+from conftest import BACKENDS
 from directpred import state as core
 from directpred.correlation import UNIT, Moments
 from directpred.state import to_numpy
