@@ -3,9 +3,9 @@
 Bounds are of ‖W_p − oracle‖ / ‖oracle‖ in spectral norm. In float32, for features with a spectrum
 like that of real ones, of full or low rank: 1e-3 by eigh and 2e-3 by matmul from 1e-17 to 1e18;
 from there down the squares lose digits, and a root makes of an error δ in F̂ one of √δ: 1e-2 at
-1e-18, 5e-2 at 1e-19, 0.2 at 1e-20 (of a hundred rows and more; the fewer, the worse). In float64, 1e-7
-wherever squares fit. XLA flushes denormal numbers: there the bounds hold from 1e-15, and features
-below 1e-19 count as zero.
+1e-18, 5e-2 at 1e-19, 0.2 at 1e-20 (of a hundred rows and more; the fewer, the worse). In float64,
+1e-7 wherever squares fit. XLA flushes denormal numbers: there the bounds hold from 1e-15, and
+features below 1e-19 count as zero.
 """
 
 import copy
