@@ -446,7 +446,8 @@ class Machine(RuleBasedStateMachine):
         saved = self.state()
         fresh = dp.DirectPred(self.dim, **self.options)
         if used and self.bound:
-            fresh(self.array((self.model.info.dtype.name, np.ones((2, self.dim)))))
+            dtype = self.model.info.dtype
+            fresh(self.array((dtype.name, np.ones((2, self.dim), dtype))))
         fresh.load_state_dict(self.predictor.state_dict() if own else saved)
         self.predictor, self.bound = fresh, used and self.bound
         same(saved, self.state())
