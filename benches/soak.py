@@ -113,7 +113,7 @@ def batches(run: Run, seed: int = 0) -> Iterator[Matrix]:
         if rng.random() < 0.01:
             z = z.copy()
             z[rng.integers(run.rows), rng.integers(run.dim)] = np.nan
-        yield z
+        yield z.astype(np.float32, copy=False)
 
 
 def soak(run: Run) -> Worst:
