@@ -83,7 +83,7 @@ RUNS = [
     Run("numpy", 32, 16, 0.3, "Eq18", "eigh", 1, 200_000, 23),
     Run("numpy", 32, 16, 0.99, "DirectSet", "matmul", 10, 50_000, 7),
     Run("torch", 32, 16, 0.3, "DirectSet", "eigh", 1, 50_000, 23),
-    Run("numpy", 256, 64, 0.99, "DirectSet", "eigh", 10, 50_000, 3),
+    Run("numpy", 256, 64, 0.99, "DirectSet", "eigh", 10, 50_000, 50),
     Run("torch", 256, 64, 0.3, "Eq18", "matmul", 10, 5_000, 3),
 ]
 
@@ -113,7 +113,7 @@ def batches(run: Run, seed: int = 0) -> Iterator[Matrix]:
         if rng.random() < 0.01:
             z = z.copy()
             z[rng.integers(run.rows), rng.integers(run.dim)] = np.nan
-        yield z
+        yield z.astype(np.float32, copy=False)
 
 
 def soak(run: Run) -> Worst:
@@ -185,7 +185,8 @@ def markdown(results: list[tuple[Run, Worst]]) -> str:
     head = ["", "updates", "skipped", "checks", *columns, "s"]
     rows = [
         [
-            f"{run.library}, dim {run.dim}, {run.rule}, {run.solver}, ρ = {run.rho}, freq = {run.freq}",
+            f"{run.library}, dim {run.dim}, {run.rule}, {run.solver}, ρ = {run.rho}, "
+            f"freq = {run.freq}",
             *(f"{x:,}" for x in (run.updates, worst.skipped, worst.checks)),
             *(f"{getattr(worst, name):.1e}" for name in columns[:-1]),
             f"{worst.memory:.1f} MB",
@@ -203,15 +204,15 @@ def markdown(results: list[tuple[Run, Worst]]) -> str:
                 f"{cpuinfo.get_cpu_info().get('brand_raw', 'CPU')}, one thread. python "
                 f"{platform.python_version()}, {packages}. {datetime.date.today()}, "
                 "`python benches/soak.py`.",
-                "A predictor in float32 is fed episodes of features whose scale jumps between 1e-9, 1 "
-                "and 1e9 and whose rank collapses, of rows that are all the same, of zeros, and NaN "
-                "in one batch of a hundred. The worst of all checks against a float64 oracle that is "
-                "kept beside it:",
+                "A predictor in float32 is fed episodes of features whose scale jumps between "
+                "1e-9, 1 and 1e9 and whose rank collapses, of rows that are all the same, of "
+                "zeros, and NaN in one batch of a hundred. The worst of all checks against a "
+                "float64 oracle that is kept beside it:",
                 table(head, rows),
                 "*asymmetry* of F̂ and of the weight, relative to their largest entry; *negative*: "
                 "−λ_min / λ_max of F̂; *correlation* and *weight*: spectral norm of the difference "
-                "from the oracle's, relative to its own; *memory*: what the peak of the process grew "
-                "by after the first tenth of the updates.",
+                "from the oracle's, relative to its own; *memory*: what the peak of the process "
+                "grew by after the first tenth of the updates.",
             ]
         )
         + "\n"

@@ -13,7 +13,6 @@ from array_api_compat import array_namespace, is_array_api_obj
 
 from directpred.array import Array
 
-
 UNIT = 2.0**-12
 """The unit of Σ z zᵀ, so that over a million rows it fits float32 where its mean does."""
 

@@ -258,7 +258,9 @@ class DirectPred:
                 finite with nonfinite="raise"; a rule whose weight is not finite. Whatever is
                 raised, the predictor is as it was before the call.
         """
-        return self._close(*self._gather(views))
+        weight = self._close(*self._gather(views))
+        self._bound = True
+        return weight
 
     def accumulate(self, *views: Array) -> None:
         """Gather the statistics of a micro-batch for the coming `step`.
@@ -305,8 +307,8 @@ class DirectPred:
             state: The saved state; it is copied.
 
         Raises:
-            ValueError: Of another version, dim or set of entries, not finite, or beyond the dtype in
-                use. Nothing changes.
+            ValueError: Of another version, dim or set of entries, not finite, or beyond the dtype
+                in use. Nothing changes.
         """
         loaded, accumulated = from_dict(state, self.dim)
         if self._bound:
@@ -361,7 +363,7 @@ class DirectPred:
     def _close(self, state: State, batch: Moments) -> Array:
         known = self.options.nonfinite == "raise" or on_host(state.weight)
         state = advance(state, batch, self.options, known)
-        self._state, self._accumulated, self._bound = state, None, True
+        self._state, self._accumulated = state, None
         return state.weight
 
 

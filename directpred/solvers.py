@@ -38,7 +38,8 @@ def eigh(correlation: Array, rule: Rule, noise: Array = 0.0) -> Array:
     """
     xp = array_namespace(correlation)
     s, u = xp.linalg.eigh(correlation)
-    p = rule(xp.where(s > 8 * xp.finfo(s.dtype).eps * s[-1] + noise, s, xp.zeros_like(s)))
+    zero = s[-1] - s[-1]  # NaN, and with it the weight, where the norm of the matrix overflows
+    p = rule(xp.where(s > 8 * xp.finfo(s.dtype).eps * s[-1] + noise, s, zero))
     if getattr(p, "shape", None) != s.shape:
         raise ValueError(
             f"the rule {rule!r} must return an array of shape {tuple(s.shape)}, "

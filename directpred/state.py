@@ -86,7 +86,9 @@ def from_dict(entries: Mapping[str, Any], dim: int) -> tuple[State, Moments | No
     """
     version = to_numpy(entries.get("version")).tolist()
     if version not in (1, VERSION):
-        raise ValueError(f"expected a DirectPred state of version {VERSION} or version 1, got {version!r}")
+        raise ValueError(
+            f"expected a DirectPred state of version {VERSION} or version 1, got {version!r}"
+        )
     shapes = {
         "correlation": (dim, dim),
         "mean": (dim,),

@@ -392,7 +392,10 @@ def test_a_saved_state_is_plain_and_survives_npz(backend, rng, tmp_path):
         (lambda s: {**s, "version": [1]}, r"version 2 or version 1, got \[1\]"),
         (lambda s: {**s, "step_count": 1.5}, "step_count must be a whole number ≥ 0, got 1.5"),
         (lambda s: {**s, "skipped": -1}, "skipped must be a whole number ≥ 0, got -1"),
-        (lambda s: {k: v for k, v in s.items() if k != "version"}, "version 2 or version 1, got None"),
+        (
+            lambda s: {k: v for k, v in s.items() if k != "version"},
+            "version 2 or version 1, got None",
+        ),
         (lambda s: {k: v for k, v in s.items() if k != "mean"}, r"missing \['mean'\]"),
         (lambda s: {**s, "momentum": 1}, r"unknown \['momentum'\]"),
         (lambda s: {**s, "mean": np.zeros(3)}, r"mean must be of shape \(4,\), got \(3,\)"),

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from conftest import BACKENDS
 
 import directpred as dp
+from conftest import BACKENDS
 from directpred import state as core
 from directpred.correlation import UNIT, Moments
 from directpred.state import to_numpy
@@ -147,3 +147,14 @@ def test_the_unit_of_the_sums_is_that_of_version_2(rng):
         _, accumulated = core.from_dict(entries | {"version": version}, DIM)
         assert isinstance(accumulated, Moments)
         np.testing.assert_array_equal(accumulated.outer, unit * np.eye(DIM))
+
+
+def test_a_loaded_open_step_that_is_closed_binds_to_no_library(backend, rng):
+    z = backend.array(rng.normal(size=(30, DIM)))
+    original, restored = dp.DirectPred(DIM), dp.DirectPred(DIM)
+    original.accumulate(z)
+    restored.load_state_dict(original.state_dict())
+    restored.step()
+    original.step()
+    expected = to_numpy(original.update(z))
+    np.testing.assert_allclose(to_numpy(restored.update(z)), expected, rtol=1e-9, atol=1e-12)
