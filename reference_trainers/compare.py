@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import multiprocessing
-import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from multiprocessing.queues import SimpleQueue
 from multiprocessing.synchronize import Event
@@ -21,11 +19,12 @@ from rich.table import Table
 
 from . import records
 from .datasets import load
-from .errors import Interrupted, UsageError, UserError
+from .errors import Interrupted, UsageError, UserError, number_of
 from .monitor import Measurement
 from .plot import plot
 from .progress import Progress, one_line, open_console
 from .recipe import LABELS, Recipe
+from .signals import deaf_to_signals
 from .train import Machine, Run, check, fit
 
 COLUMNS = {
@@ -59,7 +58,7 @@ def compare(
 
     Raises:
         UserError: Something is wrong with the options or the directory, or a run failed.
-        Interrupted: By Ctrl-C; the finished runs are written.
+        Interrupted: By Ctrl-C or SIGTERM; the finished runs are written.
     """
     base = Recipe.parse(options)
     data = load(base.dataset, machine.data, machine.download)
@@ -80,9 +79,10 @@ def compare(
     try:
         with Progress(console, total=base.epochs * len(recipes)) as progress:
             comparison.run(progress, min(workers, len(recipes)))
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         done = f"{len(comparison.runs)} of {len(recipes)} runs"
-        raise Interrupted(f"stopped; {done} are in {directory}") from None
+        stopped = f"stopped; {done} are in {directory}"
+        raise Interrupted(stopped, number_of(interrupt)) from None
     if comparison.runs:
         plot(comparison.ordered(), directory / "compare.png")
         console.print(comparison.table())
@@ -115,14 +115,14 @@ class Comparison:
         """Do all the runs in so many processes.
 
         Raises:
-            KeyboardInterrupt: By Ctrl-C, after the workers have stopped.
+            KeyboardInterrupt: By Ctrl-C or SIGTERM, after the workers have stopped.
         """
         context = multiprocessing.get_context("spawn")
         events: SimpleQueue[tuple[str, int]] = context.SimpleQueue()
         stop = context.Event()
         pool = ProcessPoolExecutor(workers, context, _start_worker, (events, stop))
         try:
-            with _deaf_to_interrupts():
+            with deaf_to_signals():  # of what is started here; it leaves them to this process
                 waiting: dict[Future[Run], Recipe] = {
                     pool.submit(_work, recipe, self._checkpoint(recipe), self.machine): recipe
                     for recipe in self.recipes
@@ -261,16 +261,6 @@ _stop: Event
 def _start_worker(events: SimpleQueue[tuple[str, int]], stop: Event) -> None:
     global _events, _stop
     _events, _stop = events, stop
-
-
-@contextmanager
-def _deaf_to_interrupts() -> Iterator[None]:
-    """Ctrl-C reaches every process of the terminal; those started here leave it to this one."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _work(recipe: Recipe, checkpoint: Path, machine: Machine) -> Run:

@@ -28,7 +28,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
-from . import records
+from . import files, records
 from .errors import UserError
 from .plot import COLOURS, LEADING, STYLE
 from .progress import open_console
@@ -100,7 +100,7 @@ def report(runs: Sequence[Path], out: Path | None) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     labels = _labels(found)
     picture = draw(groups, _group_labels(found, labels))
-    _write_bytes(directory / "report.png", picture)
+    files.write(directory / "report.png", picture)
     records.write(directory / "report.html", _page(found, labels, picture))
     open_console().print(
         f"written to {directory / 'report.html'} and {directory / 'report.png'}",
@@ -128,7 +128,7 @@ def save_views(raw: Tensor, view1: Tensor, view2: Tensor, path: Path) -> None:
     grid = (torch.cat(rows) * 255).round().byte()
     picture = io.BytesIO()
     Image.fromarray(grid.numpy()).save(picture, format="PNG", optimize=True)
-    _write_bytes(path, picture.getvalue())
+    files.write(path, picture.getvalue())
 
 
 def _tiles(images: Tensor, edge: int) -> Tensor:
@@ -720,10 +720,3 @@ def _group_labels(runs: Sequence[RunDirectory], labels: Sequence[str]) -> list[s
 
 def _title(predictor: str) -> str:
     return LABELS.get(predictor, predictor)
-
-
-def _write_bytes(path: Path, content: bytes) -> None:
-    """Write a file at once or not at all."""
-    draft = path.with_name(path.name + ".part")
-    draft.write_bytes(content)
-    draft.replace(path)
