@@ -24,6 +24,7 @@ GRACE = 10.0
 """Seconds in which the ranks of a machine have to end by themselves once one of them has."""
 
 _WORKER = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (.+)")
+_SOURCE = re.compile(r"^\[\S+\] ")
 _LOST = re.compile(r"gloo|nccl|connection (closed|reset)|timed out|process group", re.IGNORECASE)
 
 
@@ -37,7 +38,9 @@ def explained(error: Exception) -> Exception:
         how = how.partition(". ")[0].rstrip(".")
         return Lost(f"a process that decodes images (pid {pids}) {how}; was memory short?")
     if _LOST.search(text):
-        return Lost(f"another process of this run has ended or hangs ({text[:120]})")
+        return Lost(
+            f"another process of this run has ended or hangs ({_SOURCE.sub('', text)[:80]})"
+        )
     return error
 
 
