@@ -399,7 +399,7 @@ def train(
         UserError: Something is wrong with the options, the checkpoint or the directory.
         Interrupted: By Ctrl-C or SIGTERM; the message says how to go on.
     """
-    instead = ""
+    home = None
     if resume is None:
         recipe = Recipe.parse(options)
     else:
@@ -408,6 +408,8 @@ def train(
         resume, content, model, instead = checkpoint.newest(resume)
         if instead and _rank() == 0:
             warn(instead)
+        if instead or resume.name == LAST.name:
+            home = resume.absolute().parent
         recipe = Recipe.parse(asdict(model.recipe) | options)
         if machine.data is None and content["data"] is not None:
             machine = replace(machine, data=Path(content["data"]))
@@ -416,9 +418,8 @@ def train(
 
     data = load(recipe.dataset, machine.data, machine.download)
     check(recipe, data, machine.devices * machine.nodes)
-    last = resume and resume.absolute().with_name(resume.name if not instead else checkpoint.LAST)
-    if last and name is None and last.parts[-2:] == LAST.parts:
-        directory = last.parent.parent
+    if home is not None and home.name == LAST.parts[0] and name is None:
+        directory = home.parent
     elif _rank() == 0:
         directory = records.new_directory(out, name, "train")
     elif name is not None:
