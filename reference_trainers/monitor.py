@@ -163,6 +163,7 @@ class Monitor(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Measure the untrained model."""
+        self.losses = [x.to(pl_module.device) for x in self.losses]  # those of a resumed run
         if not self.history:
             self._evaluate(trainer, pl_module, epoch=0)
 
@@ -213,9 +214,8 @@ class Monitor(L.Callback):
 
     def _tell_of_skipped(self, trainer: L.Trainer, model: Siamese, epoch: int) -> None:
         """Warn of the epoch's steps that were left out, by the correlation or a gradient scaler."""
-        left_out = {
-            "a loss that is not finite": sum(not x for x in torch.stack(self.losses).isfinite())
-        }
+        bad = int((~torch.stack(self.losses).isfinite()).sum())
+        left_out = {"a loss that is not finite": bad}
         if isinstance(model.predictor, DirectPredHead):
             skipped = int(model.predictor.skipped)
             left_out["features that are not finite, left out of the correlation"] = (
