@@ -14,10 +14,11 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .errors import Interrupted, UsageError, UserError
+from .errors import Interrupted, UsageError, UserError, number_of
 from .grids import ABLATIONS, Grid, parse
 from .knobs import CLAIMS, KNOBS
 from .recipe import COMPARED, PREDICTORS, Recipe, descriptions
+from .signals import sigterm_interrupts
 
 _CONFIGS = Path(__file__).parent / "configs"
 _TRAIN_EXTRA = {
@@ -43,8 +44,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The arguments, by default those of the process.
 
     Returns:
-        The exit status: 0, 1 for an error, 2 for wrong usage, 130 when interrupted.
+        The exit status: 0, 1 for an error, 2 for wrong usage, and for a signal that ended it 128
+        more than its number: 130 for Ctrl-C, 143 for SIGTERM, which acts as Ctrl-C does.
     """
+    with sigterm_interrupts():
+        return _main(argv)
+
+
+def _main(argv: Sequence[str] | None) -> int:
     try:
         options = _parser().parse_args(argv)
         options.command(options)
@@ -55,9 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         return _fail(1, error)
     except Interrupted as error:
-        return _fail(130, error)
-    except KeyboardInterrupt:
-        return _fail(130, "interrupted")
+        return _fail(128 + error.number, error)
+    except KeyboardInterrupt as interrupt:
+        return _fail(128 + number_of(interrupt), "interrupted")
     except OSError as error:
         return _fail(1, error)
     except ModuleNotFoundError as error:
@@ -135,7 +142,9 @@ def _parser() -> _Parser:
 
     train = command("train", _train, "Train one predictor by a recipe.")
     _add_config(train)
-    train.add_argument("--resume", type=Path, metavar="CHECKPOINT", help="go on with a run")
+    train.add_argument(
+        "--resume", type=Path, metavar="PATH", help="checkpoint or run to go on with"
+    )
     _add_data(train)
     train.add_argument(
         "--workers", type=int, default=0, help="processes that decode images from files; default: 0"

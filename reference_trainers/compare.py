@@ -12,7 +12,7 @@ from rich import box
 from rich.table import Table
 
 from . import records
-from .errors import Interrupted, UserError
+from .errors import Interrupted, UserError, number_of
 from .monitor import Measurement
 from .plot import plot
 from .progress import Progress, open_console
@@ -53,7 +53,7 @@ def compare(
 
     Raises:
         UserError: Something is wrong with the options or the directory, or a run failed.
-        Interrupted: By Ctrl-C; the finished runs are written.
+        Interrupted: By Ctrl-C or SIGTERM; the finished runs are written.
     """
     base = Recipe.parse(options)
     load_labelled(base, machine, "compare")
@@ -68,9 +68,10 @@ def compare(
     try:
         with Progress(console, total=runs.epochs_left()) as progress:
             runs.run(progress, workers)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         done = f"{len(runs.finished)} of {len(recipes)} runs"
-        raise Interrupted(f"stopped; {done} are in {directory}") from None
+        stopped = f"stopped; {done} are in {directory}"
+        raise Interrupted(stopped, number_of(interrupt)) from None
     if runs.finished:
         plot(runs.ordered(), directory / "compare.png")
         console.print(comparison.table())

@@ -13,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from . import files
 from .errors import UsageError, UserError
 from .monitor import Measurement
 from .recipe import Recipe
@@ -89,9 +90,7 @@ def write_metrics(
 
 def write(path: Path, text: str) -> None:
     """Write a file at once or not at all, so that one interrupted leaves the old one whole."""
-    draft = path.with_name(path.name + ".part")
-    draft.write_text(text, encoding="utf-8")
-    draft.replace(path)
+    files.write(path, text.encode())
 
 
 def _values(measured: Measurement) -> Iterator[tuple[str, int | str, float]]:

@@ -29,7 +29,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
-from . import records
+from . import files, records
 from .errors import UserError
 from .plot import COLOURS, LEADING, STYLE
 from .progress import open_console
@@ -111,7 +111,7 @@ def report(runs: Sequence[Path], out: Path | None) -> None:
     if eigenspaces is not None:
         pictures["alignment.png"] = eigenspaces
     for name, content in pictures.items():
-        _write_bytes(directory / name, content)
+        files.write(directory / name, content)
     records.write(directory / "report.html", _page(found, labels, picture, eigenspaces))
     written = [str(directory / name) for name in ("report.html", *pictures)]
     open_console().print(
@@ -140,7 +140,7 @@ def save_views(raw: Tensor, view1: Tensor, view2: Tensor, path: Path) -> None:
     grid = (torch.cat(rows) * 255).round().byte()
     picture = io.BytesIO()
     Image.fromarray(grid.numpy()).save(picture, format="PNG", optimize=True)
-    _write_bytes(path, picture.getvalue())
+    files.write(path, picture.getvalue())
 
 
 def _tiles(images: Tensor, edge: int) -> Tensor:
@@ -855,10 +855,3 @@ def _group_labels(runs: Sequence[RunDirectory], labels: Sequence[str]) -> list[s
 
 def _title(predictor: str) -> str:
     return LABELS.get(predictor, predictor)
-
-
-def _write_bytes(path: Path, content: bytes) -> None:
-    """Write a file at once or not at all."""
-    draft = path.with_name(path.name + ".part")
-    draft.write_bytes(content)
-    draft.replace(path)

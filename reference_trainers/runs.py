@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import asdict
 from multiprocessing.queues import SimpleQueue
 from multiprocessing.synchronize import Event
@@ -24,6 +22,7 @@ from .datasets import Dataset, load
 from .errors import UsageError, UserError
 from .progress import Progress, one_line
 from .recipe import Recipe
+from .signals import deaf_to_signals
 from .train import Machine, Run, check, fit
 
 
@@ -121,7 +120,8 @@ class Runs:
         that kills its process is found and fails alone.
 
         Raises:
-            KeyboardInterrupt: By Ctrl-C, after the processes have stopped and saved their runs.
+            KeyboardInterrupt: By Ctrl-C or SIGTERM, after the processes have stopped and saved
+                their runs.
         """
         waiting = deque(recipe for recipe in self.labels if recipe not in self.finished)
         if self.finished:
@@ -138,7 +138,7 @@ class Runs:
             while waiting or at_work:
                 if pool is None:
                     pool = ProcessPoolExecutor(workers, context, _start_worker, (events, stop))
-                with _deaf_to_interrupts():
+                with deaf_to_signals():  # of what is started here
                     while waiting and len(at_work) < (1 if suspects else workers):
                         recipe = waiting.popleft()
                         path = self._file("checkpoints", recipe, "ckpt")
@@ -240,16 +240,6 @@ def _reason(error: BaseException) -> str:
         return "its process died"
     text = " ".join(str(error).split())
     return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
-
-
-@contextmanager
-def _deaf_to_interrupts() -> Iterator[None]:
-    """Ctrl-C reaches every process of the terminal; those started here leave it to this one."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 # ---- In the worker processes, and what each was given when it started.

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from . import records
 from .compare import cell, statistics
-from .errors import Interrupted, UserError
+from .errors import Interrupted, UserError, number_of
 from .grids import Grid
 from .monitor import Measurement
 from .plot import LEADING, Panels, plot_grids, spelled
@@ -61,7 +61,7 @@ def sweep(
 
     Raises:
         UserError: Something is wrong with the options or the directory, or a run failed.
-        Interrupted: By Ctrl-C; the finished runs are written, and those at work saved.
+        Interrupted: By Ctrl-C or SIGTERM; the finished runs are written, and those at work saved.
     """
     base = Recipe.parse(options)
     data = load_labelled(base, machine, "sweep")
@@ -72,21 +72,22 @@ def sweep(
     directory = open_directory(out, name, "sweep", base)
     swept = Sweep(directory, base, grids, range(seeds), keep, machine)
     runs, console = swept.runs, open_console()
-    stopped = False
+    signal = None
     try:
         with Progress(console, total=runs.epochs_left()) as progress:
             runs.run(progress, workers)
-    except KeyboardInterrupt:
-        stopped = True
+    except KeyboardInterrupt as interrupt:
+        signal = number_of(interrupt)
     if runs.finished:
         plot_grids(swept.panels(), swept.about(), directory / "sweep.png")
         for grid in grids:
             console.print(swept.table(grid))
     count = len(runs.labels)
-    if stopped:
+    if signal is not None:
         raise Interrupted(
             f"stopped; {len(runs.finished)} of {count} runs are in {directory}; "
-            f"the same command with --name {directory.name} goes on"
+            f"the same command with --name {directory.name} goes on",
+            signal,
         )
     console.print(f"{runs.seconds():.0f} s; written to {directory}", soft_wrap=True)
     if runs.failures:
