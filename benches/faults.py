@@ -199,7 +199,7 @@ class Faults:
         while injected < count:
             run, command = self.start(*OPTIONS)
             command.until(lambda log=command.log: "epoch    0/" in _text(f"{log}.out"))
-            command.process.join(self.random.uniform(0, 0.2) * self.seconds)
+            command.process.join(self.random.uniform(0, 0.5))
             with contextlib.suppress(ProcessLookupError):
                 os.kill(command.pid, number)
             status, errors = command.wait()
