@@ -330,17 +330,17 @@ class Faults:
         return Row("a JPEG cut off", held, count, "status 1, one line that names it")
 
     def ranks(self) -> list[Row]:
-        """Two processes on this machine: one is killed, one is asked to stop, one diverges."""
+        """Two processes on this machine: one is killed or asked to stop, or both diverge."""
         rows = []
         script = str(Path(sys.executable).with_name("directpred"))
         for fault, what, status, said in (
             ("kill -9 of one of two ranks", "the other: status 1, one line", 1, "another process"),
             ("SIGTERM to one of two ranks", "both saved, status 143", 143, "stopped and saved"),
-            ("one of two ranks meets a NaN", "both: status 1, the same line", 1, "diverged"),
+            ("two ranks whose training diverges", "both: status 1, the same line", 1, "diverged"),
         ):
             run = self.directory / f"two{status}{len(rows)}"
             options = ["--devices", "2", "--out", str(self.directory), "--name", run.name]
-            options += ["--lr", "1e30"] if "NaN" in fault else ["--epochs", "500"]
+            options += ["--lr", "1e30"] if "diverges" in fault else ["--epochs", "500"]
             options += ["--evaluate-every", "500", "--probe", "sgd"]
             process = subprocess.Popen(
                 [script, "train", *options],
@@ -348,7 +348,7 @@ class Faults:
                 stderr=subprocess.PIPE,
                 text=True,
             )
-            while process.poll() is None and "NaN" not in fault and not _last(run).exists():
+            while process.poll() is None and "diverges" not in fault and not _last(run).exists():
                 time.sleep(0.01)
             if "kill" in fault:
                 os.kill(children_of(process.pid)[0], signal.SIGKILL)
