@@ -89,6 +89,7 @@ def _command(argv: list[str], before: Callable[[], None] | None, log: str) -> No
     for descriptor, end in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{log}.{end}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
+    multiprocessing.set_start_method("fork", force=True)  # of the workers, as in a command
     if before is not None:
         before()
     status = directpred(argv)
@@ -198,7 +199,7 @@ class Faults:
         while injected < count:
             run, command = self.start(*OPTIONS)
             command.until(lambda log=command.log: "epoch    0/" in _text(f"{log}.out"))
-            command.process.join(self.random.uniform(0, 0.2) * self.seconds)
+            command.process.join(self.random.uniform(0, 0.5))
             with contextlib.suppress(ProcessLookupError):
                 os.kill(command.pid, number)
             status, errors = command.wait()
@@ -294,19 +295,21 @@ class Faults:
 
     def workers(self, count: int) -> Row:
         """SIGKILL to a process that decodes images."""
-        held = 0
+        held = injected = 0
         _, options = self.images()
         whole, _ = self.train(*options)
-        for _ in range(count):
+        while injected < count:
             run, command = self.start(*options)
             command.until(_last(run).exists)
             command.process.join(self.random.uniform(0, 0.2))
-            if not (children := children_of(command.pid)):
-                continue
-            os.kill(self.random.choice(children), signal.SIGKILL)
+            if children := children_of(command.pid):
+                os.kill(self.random.choice(children), signal.SIGKILL)
             status, errors = command.wait()
+            if status == 0:
+                continue  # it was over already, or needed that one no more
+            injected += 1
             told = status == 1 and len(errors) == 1 and "decodes images (pid" in errors[0]
-            run, again, _ = self.resumed(run)
+            run, again, _ = self.resumed(run, options)
             held += told and again == 0 and self.same(run, whole)
         what = "status 1, one line that says so; resumed, it ends the same"
         return Row("kill -9 of a data worker", held, count, what)
@@ -327,17 +330,17 @@ class Faults:
         return Row("a JPEG cut off", held, count, "status 1, one line that names it")
 
     def ranks(self) -> list[Row]:
-        """Two processes on this machine: one is killed, one is asked to stop, one diverges."""
+        """Two processes on this machine: one is killed or asked to stop, or both diverge."""
         rows = []
         script = str(Path(sys.executable).with_name("directpred"))
         for fault, what, status, said in (
             ("kill -9 of one of two ranks", "the other: status 1, one line", 1, "another process"),
             ("SIGTERM to one of two ranks", "both saved, status 143", 143, "stopped and saved"),
-            ("one of two ranks meets a NaN", "both: status 1, the same line", 1, "diverged"),
+            ("two ranks whose training diverges", "both: status 1, the same line", 1, "diverged"),
         ):
             run = self.directory / f"two{status}{len(rows)}"
             options = ["--devices", "2", "--out", str(self.directory), "--name", run.name]
-            options += ["--lr", "1e30"] if "NaN" in fault else ["--epochs", "500"]
+            options += ["--lr", "1e30"] if "diverges" in fault else ["--epochs", "500"]
             options += ["--evaluate-every", "500", "--probe", "sgd"]
             process = subprocess.Popen(
                 [script, "train", *options],
@@ -345,7 +348,7 @@ class Faults:
                 stderr=subprocess.PIPE,
                 text=True,
             )
-            while process.poll() is None and "NaN" not in fault and not _last(run).exists():
+            while process.poll() is None and "diverges" not in fault and not _last(run).exists():
                 time.sleep(0.01)
             if "kill" in fault:
                 os.kill(children_of(process.pid)[0], signal.SIGKILL)
@@ -508,8 +511,10 @@ def fill(path: Path) -> None:
 
 
 def children_of(pid: int) -> list[int]:
-    """The processes that a process has started."""
-    return [int(x) for x in _text(f"/proc/{pid}/task/{pid}/children").split()]
+    """The processes that a process has started, but for multiprocessing's own."""
+    threads = Path(f"/proc/{pid}/task").glob("*/children")
+    found = [int(child) for path in threads for child in _text(path).split()]
+    return [x for x in found if "resource_tracker" not in _text(f"/proc/{x}/cmdline")]
 
 
 def _last(run: Path) -> Path:

@@ -434,9 +434,8 @@ def test_a_rank_does_not_leave_the_other_waiting(fault: str, tmp_path: Path) -> 
     lines = done.stderr.splitlines()
     if fault == "fails":
         assert lines == ["cannot read the image of the evaluation"] * 2
-    else:
-        assert len(lines) == 1
-        assert lines[0].startswith("another process of this run has ended or hangs (")
+    else:  # after a warning about the setting of the timeout
+        assert lines[-1].startswith("another process of this run has ended or hangs (Timed out")
 
 
 # ---- Numbers
