@@ -206,6 +206,7 @@ class Model:
         self.weight, self.weight_off = np.eye(dim), 0.0
         self.steps = self.skipped = 0
         self.rows = []
+        self.rows_eps = 0.0
         self.near_overflow = False
         self.info = np.finfo("float64" if double else "float32")
 
@@ -218,10 +219,11 @@ class Model:
         correlation = rho * self.correlation + (1 - rho) * batch
         mean = rho * self.mean + (1 - rho) * z.mean(axis=0)
         # Of the sum and of the moving average; |z| bounds what cancels in a mean.
-        off = rho * self.off + 16 * eps * np.trace(batch) + 4 * eps * np.trace(correlation)
+        rows_eps = max(eps, self.rows_eps)
+        off = rho * self.off + 16 * rows_eps * np.trace(batch) + 4 * eps * np.trace(correlation)
         off += denormal
         size = (1 - rho) * np.abs(z).mean(axis=0) + np.abs(mean)
-        mean_off = rho * self.mean_off + 8 * eps * np.linalg.norm(size) + denormal
+        mean_off = rho * self.mean_off + 8 * rows_eps * np.linalg.norm(size) + denormal
         weight, weight_off = self.weight, self.weight_off
         if self.steps % self.freq == 0:
             centred, by = correlation, off
@@ -246,7 +248,7 @@ class Model:
             weight_off = 4 * self.moved(by, s[-1]) + (solving + 32 * eps) * norm + denormal**0.5
         self.correlation, self.off, self.mean, self.mean_off = correlation, off, mean, mean_off
         self.weight, self.weight_off = weight, weight_off
-        self.steps, self.rows = self.steps + 1, []
+        self.steps, self.rows, self.rows_eps = self.steps + 1, [], 0.0
         return ""
 
 
@@ -309,6 +311,8 @@ class Machine(RuleBasedStateMachine):
     def bind(self, dtype):
         """The first array seen fixes the dtype of the statistics."""
         if not self.bound and dtype == "float64":
+            if self.model.rows:  # a loaded open step, that was summed in float32
+                self.model.rows_eps = float(self.model.info.eps)
             self.model.info = np.finfo("float64")
         self.bound = True
 
