@@ -18,6 +18,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("directpred benches")
     group.addoption("--quick", action="store_true", help="a few sizes, a few rounds")
     group.addoption("--full", action="store_true", help="also what takes a minute a step")
+    group.addoption("--gpu", action="store_true", help="what runs on a GPU, fewer sizes")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -26,12 +27,20 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Choose the sizes by --quick."""
-    quick = metafunc.config.getoption("quick")
+    """Choose the sizes."""
+    quick, gpu = (metafunc.config.getoption(name) for name in ("quick", "gpu"))
+    dims = [128, 256] if quick else [128, 256, 2048] if gpu else [128, 256, 512, 1024, 2048]
     if "dim" in metafunc.fixturenames:
-        metafunc.parametrize("dim", [128, 256] if quick else [128, 256, 512, 1024, 2048])
+        metafunc.parametrize("dim", dims)
     if "rows" in metafunc.fixturenames:
-        metafunc.parametrize("rows", [512, 2048] if quick else [256, 512, 2048, 8192])
+        metafunc.parametrize("rows", [512, 2048] if quick or gpu else [256, 512, 2048, 8192])
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With --gpu, leave out the libraries that compute on the CPU."""
+    if config.getoption("gpu"):
+        backend = {item: item.callspec.params.get("backend", "") for item in items}  # type: ignore[attr-defined]
+        items[:] = [i for i in items if backend[i] != "NumPy" and "CPU" not in backend[i]]
 
 
 @pytest.fixture(scope="session")
@@ -138,7 +147,7 @@ def bench(
     record_property: Callable[[str, object], None],
 ) -> Bench:
     """Measures and keeps."""
-    seconds = 0.5 if request.config.getoption("quick") else 1.5
+    seconds = 0.5 if request.config.getoption("quick") or request.config.getoption("gpu") else 1.5
     return Bench(
         benchmark,
         lambda entry: record_property("entry", entry),

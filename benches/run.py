@@ -3,6 +3,7 @@
 python benches/run.py          about 15 minutes on two CPU cores
 python benches/run.py --quick  about 4, a few sizes; writes <device>-quick.*, which git ignores
 python benches/run.py --full   also what takes half a minute a step
+python benches/run.py --gpu    about 4 on a GPU, what runs on it, fewer sizes
 """
 
 from __future__ import annotations
@@ -86,9 +87,10 @@ def main() -> int:
     how_much = parser.add_mutually_exclusive_group()
     how_much.add_argument("--quick", action="store_true", help="a few sizes, a few rounds")
     how_much.add_argument("--full", action="store_true", help="also half a minute a step")
+    how_much.add_argument("--gpu", action="store_true", help="what runs on a GPU, fewer sizes")
     parser.add_argument("--out", type=Path, default=BENCHES / "results", help="folder")
     options = parser.parse_args()
-    flags = [f"--{name}" for name in ("quick", "full") if getattr(options, name)]
+    flags = [f"--{name}" for name in ("quick", "full", "gpu") if getattr(options, name)]
 
     busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     start = time.perf_counter()

@@ -7,15 +7,16 @@ step before and gather statistics; backward; optimizer step; then the new weight
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn, TypeAlias
 
 import array_api_compat
 import array_api_compat.torch
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from directpred.array import on_host
 from directpred.correlation import (
@@ -27,10 +28,11 @@ from directpred.correlation import (
     moments,
 )
 from directpred.predictor import NonFinite, Options, advance, check_dim
+from directpred.ranks import several, sum_over_ranks
 from directpred.spectrum import Eq18, Rule
 from directpred.state import State, from_dict, initial_state, moved, to_dict
 
-__all__ = ["DirectPredHead"]
+__all__ = ["DirectPredHead", "step"]
 
 
 class DirectPredHead(nn.Module):
@@ -46,10 +48,14 @@ class DirectPredHead(nn.Module):
       first forward after a backward. With gradient accumulation, or under `torch.compile`, choose
       one of the others.
 
-    In evaluation mode the weight is applied and nothing is gathered.
+    In evaluation mode the weight is applied and nothing is gathered. As for `nn.BatchNorm1d`, it is
+    the mode that counts: a pass under `torch.no_grad` in training mode is gathered too. A forward
+    that activation checkpointing runs again is not.
 
     Statistics are merged over the ranks of the process group where `torch.distributed` is
-    initialised, so every rank has the weight of the global batch; every rank must close the step.
+    initialised, so every rank has the weight of the global batch; every rank must close the step,
+    one without rows too. Features that are not finite on one rank are treated alike on all: the
+    step is skipped, or with nonfinite="raise" raises on every rank when it is closed.
 
     Example:
         >>> import torch
@@ -73,7 +79,7 @@ class DirectPredHead(nn.Module):
         solver: As `directpred.DirectPred`.
         nonfinite: "skip" a step with features that are not finite and count it in `skipped`, which
             on a GPU needs no synchronisation with the host; or "raise" a `ValueError` in the
-            forward pass.
+            forward pass, and with several ranks when the step is closed.
         process_group: The ranks to merge over; by default all.
         device: Of the state.
         dtype: Of the state, float32 (the default) or float64.
@@ -132,7 +138,6 @@ class DirectPredHead(nn.Module):
         self._backward_seen = False
         self._stepped_by_hand = False
         self._optimizer: weakref.ref[torch.optim.Optimizer] | None = None
-        self._remove_hook: Callable[[], None] | None = None
 
     def forward(self, z: Tensor) -> Tensor:
         """Predict: z @ weight; in training mode also gather the statistics of z.
@@ -156,6 +161,9 @@ class DirectPredHead(nn.Module):
         if not self.training:
             return z @ self.weight.to(z.dtype)
         eager = not torch.compiler.is_compiling()
+        if eager and _in_backward():  # activation checkpointing runs a forward again
+            self._backward_seen = True
+            return z @ self.weight.to(z.dtype)
         if eager and self._backward_seen:
             self._settle()
         prediction = z @ self.weight.to(z.dtype)
@@ -168,18 +176,26 @@ class DirectPredHead(nn.Module):
         """Close the step: merge over ranks, move the correlation, set the weight where due.
 
         Call it after `optimizer.step()`, and not after one that a gradient scaler skipped. Does
-        nothing where nothing was gathered since the last step.
+        nothing where nothing was gathered since the last step. The function `step` closes all heads
+        of a model with one collective.
 
         Raises:
+            TypeError: The weight is a parameter (between="train") that `fully_shard` has sharded.
             ValueError: The rule gave a weight that is not finite (where that can be told without
-                a synchronisation), or, with nonfinite="raise", the correlation overflows. The
-                state is then as it was.
+                a synchronisation), or, with nonfinite="raise", the features of another rank are
+                not finite or the correlation overflows. The step is dropped on every rank: what
+                was gathered for it is gone, and the state is as it was.
+            RuntimeError: A rank is gone, or did not close the step within the timeout of the
+                process group.
         """
-        self._stepped_by_hand = True
-        self._close()
+        _close_by_hand([self])
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """Close a step after every `optimizer.step()`; replaces an earlier attachment.
+
+        All heads that one optimizer closes share one collective over the ranks; where the forward
+        passes come before `optimizer.step()`, and not in a closure, it runs beside the optimizer's
+        own work.
 
         A step that a gradient scaler skips is no step: what was gathered for it is dropped, once
         its gradients are None, as `zero_grad()` leaves them by default.
@@ -193,22 +209,14 @@ class DirectPredHead(nn.Module):
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
         self.detach()
-        this = weakref.ref(self)
-
-        def close(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-            if (head := this()) is not None:
-                # Set by a gradient scaler on optimizers that do the skipping themselves (fused).
-                found_inf = getattr(optimizer, "found_inf", None)
-                head._close(None if found_inf is None else found_inf.any())
-
-        self._remove_hook = optimizer.register_step_post_hook(close).remove
+        _closings.setdefault(optimizer, _Closing()).add(self, optimizer)
         self._optimizer = weakref.ref(optimizer)
 
     def detach(self) -> None:
         """Undo `attach`; without effect where there is no attachment."""
-        if self._remove_hook is not None:
-            self._remove_hook()
-        self._remove_hook = self._optimizer = None
+        if self._optimizer is not None and (optimizer := self._optimizer()) is not None:
+            _closings[optimizer].remove(self)
+        self._optimizer = None
 
     def extra_repr(self) -> str:
         """The options, for `repr`."""
@@ -223,38 +231,50 @@ class DirectPredHead(nn.Module):
         optimizer = self._optimizer() if self._optimizer is not None else None
         if optimizer is None:
             if not self._stepped_by_hand:
-                self._close()
+                _close(*_merge([self]))
         elif all(p.grad is None for group in optimizer.param_groups for p in group["params"]):
-            self._gathered, self._backward_seen = None, False
+            self._drop()
 
     @torch.no_grad()
     def _gather(self, z: Tensor) -> None:
         with _full_precision(z.device):
             gathered = moments(z, self.correlation.dtype)
-        if self.options.nonfinite == "raise" and not is_finite(gathered):
+        # Among ranks the step raises, on all of them: one that raised here would leave the others
+        # waiting for it.
+        alone = not several(self.process_group)
+        if self.options.nonfinite == "raise" and alone and not is_finite(gathered):
             raise ValueError(describe_nonfinite(z))
         self._gathered = gathered if self._gathered is None else merge(self._gathered, gathered)
 
+    def _nothing(self) -> Moments:
+        return Moments(torch.zeros_like(self.correlation), torch.zeros_like(self.mean), 0)
+
+    def _drop(self) -> None:
+        self._gathered, self._backward_seen = None, False
+
     @torch.no_grad()
-    def _close(self, abandoned: Tensor | None = None) -> None:
+    def _advance(self, batch: Moments, abandoned: Tensor | None) -> None:
         """Close the step; where `abandoned` (0-d bool) holds, without any change to the state."""
-        batch = self._gathered
-        if dist.is_available() and dist.is_initialized():
-            batch = self._merged_over_ranks(batch)
+        self._drop()
+        if hasattr(self.weight, "full_tensor"):  # a DTensor
+            raise TypeError(
+                "fully_shard has sharded the weight of a head with between='train': take 'hold', "
+                "with which it is a buffer"
+            )
+        if isinstance(batch.rows, Tensor):  # of all ranks, which may have none
             empty = batch.rows == 0
             abandoned = empty if abandoned is None else abandoned | empty
-        if batch is None:
-            return
         # On the host the values are known, and what is not due need not be computed.
         known = self.options.nonfinite == "raise" or (
             on_host(self.weight) and not torch.compiler.is_compiling()
         )
         before = self._state()
         if known:
-            before = before._replace(step_count=int(self.step_count), skipped=int(self.skipped))
             if abandoned:
-                self._gathered, self._backward_seen = None, False
                 return
+            if self.options.nonfinite == "raise" and not is_finite(batch):
+                raise ValueError("the features of the step, or their correlation, are not finite")
+            before = before._replace(step_count=int(self.step_count), skipped=int(self.skipped))
         with _full_precision(self.weight.device):
             after = advance(before, batch, self.options, known)
         for name, value in after._asdict().items():
@@ -262,18 +282,6 @@ class DirectPredHead(nn.Module):
             new = torch.as_tensor(value, device=old.device)
             # In place, so that a captured CUDA graph and references to the buffer stay valid.
             old.copy_(new if known or abandoned is None else torch.where(abandoned, old, new))
-        self._gathered, self._backward_seen = None, False
-
-    def _merged_over_ranks(self, batch: Moments | None) -> Moments:
-        """The moments of all ranks, in one collective; a rank without rows takes part with 0."""
-        if batch is None:
-            rows = self.mean.new_zeros(())
-            batch = Moments(torch.zeros_like(self.correlation), torch.zeros_like(self.mean), rows)
-        rows = torch.as_tensor(batch.rows, dtype=self.mean.dtype, device=self.mean.device)
-        flat = torch.cat([batch.outer.flatten(), batch.total, rows.reshape(1)])
-        dist.all_reduce(flat, group=self.process_group)
-        outer, total, rows = flat.split([self.dim**2, self.dim, 1])
-        return Moments(outer.view(self.dim, self.dim), total, rows[0])
 
     def _state(self) -> State:
         return State(*(getattr(self, name).detach() for name in State._fields))
@@ -335,9 +343,124 @@ class DirectPredHead(nn.Module):
         self._gathered = gathered and moved(gathered, self.mean, self.mean.dtype)
         self._backward_seen = False
 
+    def _replicate_for_data_parallel(self) -> NoReturn:
+        raise RuntimeError(
+            "a DirectPredHead cannot be replicated by nn.DataParallel, whose copies forget what "
+            "they gather: take torch.nn.parallel.DistributedDataParallel"
+        )
+
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: an optimizer's hook belongs to the original."""
-        return {**self.__dict__, "_optimizer": None, "_remove_hook": None}
+        return {**self.__dict__, "_optimizer": None}
+
+
+def step(model: nn.Module) -> None:
+    """Close the step of every head in a model, with one collective over the ranks for all of them.
+
+    For a training loop that attaches its heads to no optimizer; see `DirectPredHead.step`.
+
+    Args:
+        model: A module with heads anywhere in it.
+
+    Raises:
+        ValueError: There is no head in the model; or as `DirectPredHead.step`.
+        RuntimeError: As `DirectPredHead.step`.
+    """
+    heads = [module for module in model.modules() if isinstance(module, DirectPredHead)]
+    if not heads:
+        raise ValueError(f"there is no DirectPredHead in {type(model).__name__}")
+    _close_by_hand(heads)
+
+
+def _close_by_hand(heads: Sequence[DirectPredHead]) -> None:
+    for head in heads:
+        head._stepped_by_hand = True
+    _close(*_merge(heads))
+
+
+Merging: TypeAlias = Callable[[], Sequence[Moments | None]]
+"""Waits for what each of some heads has gathered on all ranks; None for nothing."""
+
+
+def _merge(heads: Sequence[DirectPredHead]) -> tuple[Sequence[DirectPredHead], Merging]:
+    """Start to merge what heads have gathered over the ranks, those without rows included."""
+    gathered = [head._gathered for head in heads]
+    apart = [i for i, head in enumerate(heads) if several(head.process_group)]
+    if not apart:
+        return heads, lambda: gathered
+    with torch.no_grad():
+        wait = sum_over_ranks(
+            [gathered[i] or heads[i]._nothing() for i in apart],
+            [heads[i].process_group for i in apart],
+        )
+
+    def merged() -> Sequence[Moments | None]:
+        sums = dict(zip(apart, wait(), strict=True))
+        return [sums.get(i, batch) for i, batch in enumerate(gathered)]
+
+    return heads, merged
+
+
+def _close(
+    heads: Sequence[DirectPredHead], merging: Merging, abandoned: Tensor | None = None
+) -> None:
+    """Close the step of all the heads; one that raises does not keep the others from it."""
+    error: ValueError | None = None
+    for head, batch in zip(heads, merging(), strict=True):
+        try:
+            if batch is not None:
+                head._advance(batch, abandoned)
+        except ValueError as raised:
+            error = error or raised
+    if error is not None:
+        raise error
+
+
+class _Closing:
+    """The hooks of one optimizer that close the step of the heads attached to it."""
+
+    def __init__(self) -> None:
+        self.heads: list[weakref.ref[DirectPredHead]] = []
+        self.underway: tuple[Sequence[DirectPredHead], Merging] | None = None
+        self.handles: list[RemovableHandle] = []
+
+    def add(self, head: DirectPredHead, optimizer: torch.optim.Optimizer) -> None:
+        self.heads.append(weakref.ref(head))
+        if not self.handles:
+            self.handles = [
+                optimizer.register_step_pre_hook(self.before),
+                optimizer.register_step_post_hook(self.after),
+            ]
+
+    def remove(self, head: DirectPredHead) -> None:
+        self.heads = [each for each in self.heads if each() not in (None, head)]
+        if not self.heads:
+            for handle in self.handles:
+                handle.remove()
+            self.handles = []
+
+    def before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:  # a closure's forward passes are still to come
+            self.underway = self.merge()
+
+    def after(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        heads, merging = self.underway or self.merge()
+        self.underway = None
+        # Set by a gradient scaler on optimizers that do the skipping themselves (fused).
+        found_inf = getattr(optimizer, "found_inf", None)
+        _close(heads, merging, None if found_inf is None else found_inf.any())
+
+    def merge(self) -> tuple[Sequence[DirectPredHead], Merging]:
+        return _merge([head for each in self.heads if (head := each()) is not None])
+
+
+_closings: weakref.WeakKeyDictionary[torch.optim.Optimizer, _Closing] = weakref.WeakKeyDictionary()
+
+
+def _in_backward() -> bool:
+    """Tell whether this runs within a backward pass, as `torch.utils.checkpoint` tells it."""
+    return bool(torch._C._current_graph_task_id() != -1)
 
 
 @contextmanager
@@ -350,22 +473,17 @@ def _full_precision(device: torch.device) -> Iterator[None]:
         if torch.compiler.is_compiling():
             yield
             return
-        before = [(matmul, getattr(matmul, _SETTING)) for matmul in _MATMULS]
+        before = [(matmul, matmul.fp32_precision) for matmul in _MATMULS]
         for matmul in _MATMULS:
-            setattr(matmul, _SETTING, _FULL)
+            matmul.fp32_precision = "ieee"
         try:
             yield
         finally:
-            for matmul, setting in before:
-                setattr(matmul, _SETTING, setting)
+            for matmul, precision in before:
+                matmul.fp32_precision = precision
 
 
-# torch 2.9 has one setting for all backends; before, only CUDA's products had one.
-_SETTING, _FULL, _MATMULS = (
-    ("fp32_precision", "ieee", (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul))  # type: ignore[attr-defined]
-    if hasattr(torch.backends.cuda.matmul, "fp32_precision")
-    else ("allow_tf32", False, (torch.backends.cuda.matmul,))
-)
+_MATMULS: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
 
 
 def _as_constants() -> None:

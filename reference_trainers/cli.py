@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from .errors import Interrupted, UsageError, UserError
+from .knobs import CLAIMS, KNOBS
 from .recipe import COMPARED, PREDICTORS, Recipe, descriptions
 
 _CONFIGS = Path(__file__).parent / "configs"
@@ -23,6 +24,7 @@ _TRAIN_EXTRA = {
     "lightning",
     "matplotlib",
     "rich",
+    "scipy",
     "sklearn",
     "safetensors",
     "threadpoolctl",
@@ -151,6 +153,14 @@ def _parser() -> _Parser:
     report.add_argument(
         "--out", type=Path, metavar="DIR", help="default: that of the run; of several, this one"
     )
+
+    dynamics = command("dynamics", _dynamics, "Watch the theory's claims: predicted and measured.")
+    claims = ", ".join(CLAIMS)
+    dynamics.add_argument(
+        "claim", nargs="?", choices=CLAIMS, metavar="claim", help=f"{claims}; default: all of them"
+    )
+    _add_out(dynamics)
+    _add_knobs(dynamics)
     return parser
 
 
@@ -181,6 +191,16 @@ def _add_recipe(parser: _Parser, without: Sequence[str] = ()) -> None:
                 default=argparse.SUPPRESS,
                 help=text.replace("%", "%%"),
             )
+
+
+def _add_knobs(parser: _Parser) -> None:
+    group = parser.add_argument_group(
+        "knobs", "A claim has those that it depends on, and tells which; simulate has all."
+    )
+    for name, (kind, text) in KNOBS.items():
+        shown: dict[str, Any] = {} if "action" in kind else {"metavar": "X"}
+        flag = f"--{name.replace('_', '-')}"
+        group.add_argument(flag, default=argparse.SUPPRESS, help=text, **kind, **shown)
 
 
 def _recipe(options: argparse.Namespace) -> dict[str, Any]:
@@ -263,3 +283,10 @@ def _report(options: argparse.Namespace) -> None:
     from .report import report
 
     report(options.runs, options.out)
+
+
+def _dynamics(options: argparse.Namespace) -> None:
+    from .theory import dynamics
+
+    knobs = {name: value for name, value in vars(options).items() if name in KNOBS}
+    dynamics(options.claim, knobs, options.out, options.name)

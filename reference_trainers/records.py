@@ -17,7 +17,7 @@ from .errors import UsageError, UserError
 from .monitor import Measurement
 from .recipe import Recipe
 
-_PACKAGES = ("directpred", "torch", "lightning", "kornia", "scikit-learn", "numpy")
+_PACKAGES = ("directpred", "torch", "lightning", "kornia", "scikit-learn", "scipy", "numpy")
 
 
 def new_directory(out: Path, name: str | None, command: str) -> Path:

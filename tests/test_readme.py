@@ -7,7 +7,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = {name: ROOT / name for name in ("README.md", "CONTRIBUTING.md", "adapters/README.md")}
+NAMES = ("README.md", "CONTRIBUTING.md", "adapters/README.md", "docs/ranks.md")
+PAGES = {name: ROOT / name for name in NAMES}
 EXAMPLES = [
     example
     for page in PAGES.values()
@@ -25,6 +26,8 @@ LINKS = [
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda text: text.split("\n")[0])
 def test_example_runs(example):
     pytest.importorskip("torch")
+    if "import jax" in example:
+        pytest.importorskip("jax")
     exec(compile(example, "README.md", "exec"), {"__name__": "__main__"})
 
 
@@ -43,6 +46,13 @@ def test_its_bench_tables_are_those_of_the_committed_results():
 def test_its_diff_is_one_that_is_run():
     (diff,) = re.findall(r"^```diff\n.*?^```", README, flags=re.DOTALL | re.MULTILINE)
     assert diff in PAGES["adapters/README.md"].read_text(encoding="utf-8")
+
+
+def test_the_table_of_many_ranks_is_what_its_example_prints(capsys):
+    page = PAGES["docs/ranks.md"].read_text(encoding="utf-8")
+    (example,) = re.findall(r"^```python\n(.*?)^```", page, flags=re.DOTALL | re.MULTILINE)
+    exec(example, {})
+    assert capsys.readouterr().out in page
 
 
 @pytest.mark.parametrize(("page", "link"), LINKS)
