@@ -238,7 +238,7 @@ class Model:
                 p = self.exact_rule(s)
             if getattr(p, "shape", None) != s.shape:
                 return "must return an array of shape"
-            largest = max(s[-1] + by, *np.abs(p))
+            largest = np.max([s[-1] + by, *np.abs(p)])  # not max(), which may pass over a NaN
             if not largest < 16 * self.info.max:
                 return "gave a weight that is not finite"
             self.near_overflow = largest > self.info.max / 16
