@@ -195,6 +195,12 @@ SPOILED = {
 }
 
 
+def fits(rows, info):
+    """Whether the correlation of the rows is finite in that dtype."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return (rows**2).mean(axis=0).max() < info.max  # False for a NaN
+
+
 class Model:
     """What a predictor should hold, in float64, and how far off one in another dtype may be."""
 
@@ -313,6 +319,8 @@ class Machine(RuleBasedStateMachine):
         if not self.bound and dtype == "float64":
             if self.model.rows:  # a loaded open step, that was summed in float32
                 self.model.rows_eps = float(self.model.info.eps)
+                if not fits(np.concatenate(self.model.rows), self.model.info):
+                    self.model.rows = [*self.model.rows, np.full((1, self.dim), np.inf)]
             self.model.info = np.finfo("float64")
         self.bound = True
 
@@ -322,12 +330,10 @@ class Machine(RuleBasedStateMachine):
         if not self.bound and given[0][0] == "float64":
             info = np.finfo("float64")
         for z in exact:
-            with np.errstate(over="ignore", invalid="ignore"):
-                overflows = not (z**2).mean(axis=0).max() < info.max
             if self.options["nonfinite"] == "raise" and not np.isfinite(z).all():
                 bad = len(z) - np.isfinite(z).all(axis=1).sum()
                 return f"NaN or infinity in {bad} of {len(z)} rows"
-            if self.options["nonfinite"] == "raise" and overflows:
+            if self.options["nonfinite"] == "raise" and not fits(z, info):
                 return "the correlation of the features overflows: their largest"
         return ""
 
@@ -363,10 +369,7 @@ class Machine(RuleBasedStateMachine):
     def closed(self, call):
         """Close the step by the call, which holds what the model holds."""
         after = copy.copy(self.model)
-        rows = np.concatenate(after.rows)
-        with np.errstate(over="ignore", invalid="ignore"):
-            fits = (rows**2).mean(axis=0).max() < after.info.max  # False for a NaN
-        if not fits:
+        if not fits(np.concatenate(after.rows), after.info):
             assert self.options["nonfinite"] == "skip"
             before = self.state()
             call()
