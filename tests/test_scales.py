@@ -63,9 +63,7 @@ def bound(scale, dtype, solver):
         ("float64", [1e-150, 1e152]),
     ],
 )
-def test_weight_equals_the_oracle_at_any_scale(
-    backend, rng, dtype, scales, rule, expected, solver
-):
+def test_weight_equals_the_oracle_at_any_scale(backend, rng, dtype, scales, rule, expected, solver):
     for rank, scale in product([None, 5], scales):
         if scale < 1e-15 and dtype == "float32" and backend.module == "jax.numpy":
             continue
