@@ -23,7 +23,7 @@ from hypothesis.stateful import (
 
 import directpred as dp
 import oracle
-from conftest import BACKENDS
+from backends import BACKENDS
 from directpred.state import to_numpy
 
 TIMES = int(os.environ.get("DIRECTPRED_FUZZ", "0"))

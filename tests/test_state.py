@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import directpred as dp
-from conftest import BACKENDS
+from backends import BACKENDS
 from directpred import state as core
 from directpred.correlation import UNIT, Moments
 from directpred.state import to_numpy
