@@ -22,7 +22,7 @@ from directpred.correlation import (
     moments,
     moving_average,
 )
-from directpred.solvers import SOLVERS, Solver, solvable_by_matmul
+from directpred.solvers import SOLVERS, solvable_by_matmul
 from directpred.spectrum import Eq18, Rule
 from directpred.state import State, from_dict, initial_state, moved, to_dict
 
@@ -57,11 +57,6 @@ class Options(NamedTuple):
             raise ValueError(f"nonfinite must be 'raise' or 'skip', got {self.nonfinite!r}")
         return self
 
-    @property
-    def solve(self) -> Solver:
-        """The solver of that name."""
-        return SOLVERS[self.solver]
-
 
 def advance(state: State, batch: Moments, options: Options, known: bool) -> State:
     """Take one step: Eq. 19, and the weight where it is due.
@@ -89,6 +84,7 @@ def advance(state: State, batch: Moments, options: Options, known: bool) -> Stat
         finite = bool(finite)
         if options.nonfinite == "raise" and not finite:
             raise ValueError("the correlation of the step overflows; scale the features down")
+    solve = SOLVERS[options.solver]
     started = state.step_count > 0
     rho = options.rho * _number(started, state.weight.dtype)
 
@@ -105,9 +101,9 @@ def advance(state: State, batch: Moments, options: Options, known: bool) -> Stat
         spread = mean.shape[0] ** 0.5 * float(info.eps)
         noise = spread * float(info.smallest_normal) * (1 + 1 / (batch.rows * UNIT))
         if not options.center:
-            return options.solve(correlation, options.rule, noise)
+            return solve(correlation, options.rule, noise)
         centred = correlation - mean[:, None] * mean[None, :]
-        return options.solve(centred, options.rule, noise + 2 * spread * xp.max(mean * mean))
+        return solve(centred, options.rule, noise + 2 * spread * xp.max(mean * mean))
 
     due = state.step_count % options.freq == 0
     weight = _select(finite & due, solved, state.weight)

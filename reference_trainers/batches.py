@@ -282,7 +282,7 @@ def _loader(
         num_workers=workers,
         collate_fn=_as_it_is,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_ignore_interrupt,
+        worker_init_fn=_outlive_signals,
         generator=torch.Generator(),  # or it would draw from the one that others draw from
         prefetch_factor=_PREFETCH if workers else None,
         persistent_workers=persistent and workers > 0,
@@ -293,9 +293,14 @@ def _as_it_is(batch: T) -> T:
     return batch
 
 
-def _ignore_interrupt(worker: int) -> None:
-    """Leave Ctrl-C, which a terminal sends to all processes, to the main one."""
+def _outlive_signals(worker: int) -> None:
+    """Leave Ctrl-C and SIGTERM, where they are sent to all processes, to the main one.
+
+    It may take a while to save the run, for which it needs its workers to the end of a step; and
+    SIGTERM is also how it ends them itself should they hang.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(20))
 
 
 def _unless_failed(batch: T | UserError) -> T:

@@ -14,9 +14,11 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .errors import Interrupted, UsageError, UserError
+from .errors import Interrupted, UsageError, UserError, number_of
+from .grids import ABLATIONS, Grid, parse
 from .knobs import CLAIMS, KNOBS
 from .recipe import COMPARED, PREDICTORS, Recipe, descriptions
+from .signals import sigterm_interrupts
 
 _CONFIGS = Path(__file__).parent / "configs"
 _TRAIN_EXTRA = {
@@ -42,8 +44,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The arguments, by default those of the process.
 
     Returns:
-        The exit status: 0, 1 for an error, 2 for wrong usage, 130 when interrupted.
+        The exit status: 0, 1 for an error, 2 for wrong usage, and for a signal that ended it 128
+        more than its number: 130 for Ctrl-C, 143 for SIGTERM, which acts as Ctrl-C does.
     """
+    with sigterm_interrupts():
+        return _main(argv)
+
+
+def _main(argv: Sequence[str] | None) -> int:
     try:
         options = _parser().parse_args(argv)
         options.command(options)
@@ -54,9 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         return _fail(1, error)
     except Interrupted as error:
-        return _fail(130, error)
-    except KeyboardInterrupt:
-        return _fail(130, "interrupted")
+        return _fail(128 + error.number, error)
+    except KeyboardInterrupt as interrupt:
+        return _fail(128 + number_of(interrupt), "interrupted")
     except OSError as error:
         return _fail(1, error)
     except ModuleNotFoundError as error:
@@ -100,20 +108,43 @@ def _parser() -> _Parser:
         help=f"which, of {', '.join(PREDICTORS)}; default: {','.join(COMPARED)}",
     )
     compare.add_argument("--seeds", type=_count, default=3, help="how many; default: 3")
-    compare.add_argument(
-        "--workers",
-        type=_count,
-        default=min(8, os.cpu_count() or 1),
-        help="processes; the numbers do not depend on it; default: as many as cores, at most 8",
-    )
+    _add_workers(compare, min(8, os.cpu_count() or 1), "as many as cores, at most 8")
     _add_config(compare)
     _add_data(compare)
     _add_out(compare)
     _add_recipe(compare, without=("predictor", "seed"))
 
+    sweep = command("sweep", _sweep, "Train with all combinations of some options, or ablate.")
+    grids = sweep.add_mutually_exclusive_group(required=True)
+    grids.add_argument(
+        "--vary",
+        action="append",
+        metavar="OPTION=X,Y",
+        help="values of an option of the recipe; once for each option that varies",
+    )
+    grids.add_argument(
+        "--ablations",
+        nargs="?",
+        type=_ablations,
+        const=ABLATIONS,
+        metavar="A,B",
+        help=f"the paper's, all of them or some of {', '.join(grid.name for grid in ABLATIONS)}",
+    )
+    sweep.add_argument("--seeds", type=_count, default=2, help="how many; default: 2")
+    _add_workers(sweep, os.cpu_count() or 1, "as many as cores")
+    sweep.add_argument(
+        "--keep-checkpoints", action="store_true", help="keep those of runs that are finished"
+    )
+    _add_config(sweep)
+    _add_data(sweep)
+    _add_out(sweep)
+    _add_recipe(sweep, without=("seed",))
+
     train = command("train", _train, "Train one predictor by a recipe.")
     _add_config(train)
-    train.add_argument("--resume", type=Path, metavar="CHECKPOINT", help="go on with a run")
+    train.add_argument(
+        "--resume", type=Path, metavar="PATH", help="checkpoint or run to go on with"
+    )
     _add_data(train)
     train.add_argument(
         "--workers", type=int, default=0, help="processes that decode images from files; default: 0"
@@ -169,6 +200,15 @@ def _add_config(parser: _Parser) -> None:
     parser.add_argument("--config", help=f"YAML file, or one of {names}")
 
 
+def _add_workers(parser: _Parser, count: int, text: str) -> None:
+    parser.add_argument(
+        "--workers",
+        type=_count,
+        default=count,
+        help=f"processes; the numbers do not depend on it; default: {text}",
+    )
+
+
 def _add_data(parser: _Parser) -> None:
     parser.add_argument("--data", type=Path, metavar="DIR", help="where the images are")
     parser.add_argument("--download", action="store_true", help="download what is missing there")
@@ -219,6 +259,16 @@ def _predictors(text: str) -> tuple[str, ...]:
     return names
 
 
+def _ablations(text: str) -> tuple[Grid, ...]:
+    known = {grid.name: grid for grid in ABLATIONS}
+    for name in text.split(","):
+        if name not in known:
+            raise argparse.ArgumentTypeError(
+                f"unknown ablation {name!r}; known are {', '.join(known)}"
+            )
+    return tuple(known[name] for name in dict.fromkeys(text.split(",")))
+
+
 def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number, at least 1, not {text!r}")
@@ -258,6 +308,23 @@ def _compare(options: argparse.Namespace) -> None:
     machine = Machine(options.data, options.download)
     names, seeds = options.predictors, options.seeds
     compare(recipe, names, seeds, options.out, options.name, options.workers, machine)
+
+
+def _sweep(options: argparse.Namespace) -> None:
+    given = _recipe(options)
+    grids = options.ablations or (parse(options.vary),)
+    for name in given:
+        if any(name in grid.vary or name in grid.given for grid in grids):
+            raise UsageError(f"--{name.replace('_', '-')} is given, and the sweep sets it")
+    recipe = (_config(options.config) if options.config else {}) | given
+    recipe = {name: value for name, value in recipe.items() if name != "seed"}
+    Recipe.parse(recipe)
+    from .sweep import sweep
+    from .train import Machine
+
+    machine = Machine(options.data, options.download)
+    seeds, workers, keep = options.seeds, options.workers, options.keep_checkpoints
+    sweep(recipe, grids, seeds, options.out, options.name, workers, keep, machine)
 
 
 def _train(options: argparse.Namespace) -> None:

@@ -2,16 +2,8 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import signal
-import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, replace
-from multiprocessing.queues import SimpleQueue
-from multiprocessing.synchronize import Event
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -20,13 +12,13 @@ from rich import box
 from rich.table import Table
 
 from . import records
-from .datasets import load
-from .errors import Interrupted, UsageError, UserError
+from .errors import Interrupted, UserError, number_of
 from .monitor import Measurement
 from .plot import plot
-from .progress import Progress, one_line, open_console
+from .progress import Progress, open_console
 from .recipe import LABELS, Recipe
-from .train import Machine, Run, check, fit
+from .runs import Runs, load_labelled, open_directory
+from .train import Machine
 
 COLUMNS = {
     "probe": ("linear probe\ntop-1, %", 1),
@@ -57,42 +49,39 @@ def compare(
         workers: Processes to share the runs; the numbers do not depend on it.
         machine: Where the images are.
 
+    A comparison of the same name and recipe goes on: what it has finished is not done again.
+
     Raises:
         UserError: Something is wrong with the options or the directory, or a run failed.
-        Interrupted: By Ctrl-C; the finished runs are written.
+        Interrupted: By Ctrl-C or SIGTERM; the finished runs are written.
     """
     base = Recipe.parse(options)
-    data = load(base.dataset, machine.data, machine.download)
-    check(base, data)
-    if data.train is None or data.test is None or base.probe == "sgd":
-        raise UsageError(
-            f"compare measures labelled images by probe logistic or adam, not {base.dataset} "
-            f"{'by ' + base.probe if base.probe == 'sgd' else 'without labels'}"
-        )
+    load_labelled(base, machine, "compare")
     recipes = [
         replace(base, predictor=predictor, seed=seed)
         for seed in range(seeds)
         for predictor in predictors
     ]
-    directory = records.new_directory(out, name, "compare")
+    directory = open_directory(out, name, "compare", base)
     comparison = Comparison(directory, base, recipes, machine)
-    console = open_console()
+    runs, console = comparison.runs, open_console()
     try:
-        with Progress(console, total=base.epochs * len(recipes)) as progress:
-            comparison.run(progress, min(workers, len(recipes)))
-    except KeyboardInterrupt:
-        done = f"{len(comparison.runs)} of {len(recipes)} runs"
-        raise Interrupted(f"stopped; {done} are in {directory}") from None
-    if comparison.runs:
-        plot(comparison.ordered(), directory / "compare.png")
+        with Progress(console, total=runs.epochs_left()) as progress:
+            runs.run(progress, workers)
+    except KeyboardInterrupt as interrupt:
+        done = f"{len(runs.finished)} of {len(recipes)} runs"
+        stopped = f"stopped; {done} are in {directory}"
+        raise Interrupted(stopped, number_of(interrupt)) from None
+    if runs.finished:
+        plot(runs.ordered(), directory / "compare.png")
         console.print(comparison.table())
-    console.print(f"{comparison.seconds():.0f} s; written to {directory}", soft_wrap=True)
-    if comparison.failures:
-        raise UserError(f"{len(comparison.failures)} of {len(recipes)} runs failed, see above")
+    console.print(f"{runs.seconds():.0f} s; written to {directory}", soft_wrap=True)
+    if runs.failures:
+        raise UserError(f"{len(runs.failures)} of {len(recipes)} runs failed, see above")
 
 
 class Comparison:
-    """The runs of a comparison; every finished one is on disk before the next one ends.
+    """The runs of a comparison, and what is told of them.
 
     Args:
         directory: Of the comparison.
@@ -105,70 +94,14 @@ class Comparison:
         self, directory: Path, base: Recipe, recipes: Sequence[Recipe], machine: Machine
     ) -> None:
         self.directory, self.base, self.recipes = directory, base, recipes
-        self.machine = machine
-        self.runs: dict[Recipe, Run] = {}
-        self.failures: dict[Recipe, str] = {}
-        self.started = time.perf_counter()
-        self.write("running")
-
-    def run(self, progress: Progress, workers: int) -> None:
-        """Do all the runs in so many processes.
-
-        Raises:
-            KeyboardInterrupt: By Ctrl-C, after the workers have stopped.
-        """
-        context = multiprocessing.get_context("spawn")
-        events: SimpleQueue[tuple[str, int]] = context.SimpleQueue()
-        stop = context.Event()
-        pool = ProcessPoolExecutor(workers, context, _start_worker, (events, stop))
-        try:
-            with _deaf_to_interrupts():
-                waiting: dict[Future[Run], Recipe] = {
-                    pool.submit(_work, recipe, self._checkpoint(recipe), self.machine): recipe
-                    for recipe in self.recipes
-                }
-            while waiting:
-                finished, _ = wait(waiting, timeout=0.1, return_when=FIRST_COMPLETED)
-                while not events.empty():
-                    label, epoch = events.get()
-                    progress.advance(label, epoch, self.base.epochs)
-                for future in finished:
-                    self._finish(waiting.pop(future), future, progress)
-        except KeyboardInterrupt:
-            self.write("interrupted")
-            raise
-        finally:
-            stop.set()
-            pool.shutdown(cancel_futures=True)
-        self.write("failed" if self.failures else "finished")
-
-    def _checkpoint(self, recipe: Recipe) -> Path:
-        return self.directory / "checkpoints" / f"{recipe.predictor}-seed{recipe.seed}.ckpt"
-
-    def _finish(self, recipe: Recipe, future: Future[Run], progress: Progress) -> None:
-        count = f"[{len(self.runs) + len(self.failures) + 1:2d}/{len(self.recipes)}]"
-        title = f"{count} {_title(recipe):22s}"
-        try:
-            run = self.runs[recipe] = future.result()
-            progress.print(f"{title} {one_line(run.history[-1])}  {run.seconds:.1f} s")
-        except (UserError, BrokenProcessPool) as error:
-            self.failures[recipe] = str(error)
-            progress.print(f"{title} failed: {error}")
-        self.write("running")
-
-    def ordered(self) -> list[Run]:
-        """The finished runs in the order of their recipes, whichever finished first."""
-        return [self.runs[recipe] for recipe in self.recipes if recipe in self.runs]
-
-    def seconds(self) -> float:
-        """Seconds since the start."""
-        return time.perf_counter() - self.started
+        labels = {recipe: recipe.predictor for recipe in recipes}
+        self.runs = Runs(directory, labels, machine, self.write, keep=True)
 
     def rows(self) -> dict[str, dict[str, list[float]]]:
         """For each predictor, and the untrained network, the values of each column by seed."""
         rows: dict[str, dict[str, list[float]]] = {}
         floors: dict[int, Measurement] = {}
-        for run in self.ordered():
+        for run in self.runs.ordered():
             floors.setdefault(run.recipe.seed, run.history[0])
             row = rows.setdefault(run.recipe.predictor, {column: [] for column in COLUMNS})
             for column in COLUMNS:
@@ -198,14 +131,14 @@ class Comparison:
         for heading, _ in COLUMNS.values():
             table.add_column(heading, justify="right", no_wrap=True)
         for name, row in self.rows().items():
-            cells = (_cell(row.get(column, []), digits) for column, (_, digits) in COLUMNS.items())
+            cells = (cell(row.get(column, []), digits) for column, (_, digits) in COLUMNS.items())
             table.add_row(LABELS[name], *cells)
         return table
 
     def write(self, status: str) -> None:
         """Write summary.json and metrics.csv with what is there."""
-        runs = self.ordered()
-        records.write_metrics(self.directory, [(run.recipe, run.history) for run in runs])
+        runs = [(run.recipe, run.history) for run in self.runs.ordered()]
+        records.write_metrics(self.directory, runs)
         shared = asdict(self.base)
         del shared["predictor"], shared["seed"]
         records.write_summary(
@@ -213,21 +146,17 @@ class Comparison:
             {
                 "command": "compare",
                 "status": status,
-                "seconds": round(self.seconds(), 2),
+                "seconds": round(self.runs.seconds(), 2),
                 "recipe": shared,
                 "predictors": list(dict.fromkeys(recipe.predictor for recipe in self.recipes)),
                 "seeds": sorted({recipe.seed for recipe in self.recipes}),
                 "results": {
-                    name: {column: _statistics(values) for column, values in row.items()}
+                    name: {column: statistics(values) for column, values in row.items()}
                     for name, row in self.rows().items()
                 },
-                "failures": {_title(recipe): text for recipe, text in self.failures.items()},
+                "failures": self.runs.told_failures(),
             },
         )
-
-
-def _title(recipe: Recipe) -> str:
-    return f"{recipe.predictor} seed {recipe.seed}"
 
 
 def _number(measured: Measurement, column: str) -> float:
@@ -236,7 +165,8 @@ def _number(measured: Measurement, column: str) -> float:
     return value
 
 
-def _statistics(values: list[float]) -> dict[str, Any]:
+def statistics(values: list[float]) -> dict[str, Any]:
+    """Of the values over the seeds, for summary.json."""
     if not values:
         return {"values": []}
     return {
@@ -246,38 +176,9 @@ def _statistics(values: list[float]) -> dict[str, Any]:
     }
 
 
-def _cell(values: list[float], digits: int) -> str:
+def cell(values: list[float], digits: int) -> str:
+    """Of the values over the seeds, for a table."""
     if not values:
         return "–"
     deviation = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{mean(values):.{digits}f}{deviation}"
-
-
-# What a worker process was given when it started.
-_events: SimpleQueue[tuple[str, int]]
-_stop: Event
-
-
-def _start_worker(events: SimpleQueue[tuple[str, int]], stop: Event) -> None:
-    global _events, _stop
-    _events, _stop = events, stop
-
-
-@contextmanager
-def _deaf_to_interrupts() -> Iterator[None]:
-    """Ctrl-C reaches every process of the terminal; those started here leave it to this one."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _work(recipe: Recipe, checkpoint: Path, machine: Machine) -> Run:
-    return fit(
-        recipe,
-        checkpoint,
-        machine=machine,
-        report=lambda epoch, _: _events.put((_title(recipe), epoch)),
-        stop=_stop.is_set,
-    )

@@ -20,6 +20,7 @@ from .imagenet_probe import ImageNetProbe
 from .monitor import BATCH, Measurement, extract, measure, resized
 from .probes import Split
 from .progress import open_console
+from .ranks import deaths_explained
 from .recipe import Recipe
 from .siamese import Siamese
 from .train import (
@@ -63,7 +64,7 @@ def evaluate(
     if model.recipe.device == "auto" and torch.cuda.is_available():
         model.to("cuda")
     dataset = load(model.recipe.dataset, data, download)
-    with fixed_threads(model.recipe.threads):
+    with fixed_threads(model.recipe.threads), deaths_explained():
         measured = measure(model, dataset, workers)
         if model.recipe.probe == "sgd" and dataset.train is not None and dataset.test is not None:
             measured |= train_probe(model, dataset, workers, epochs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torchvision.models import ResNet
 
 from .errors import UserError
+from .files import reason, whole_file
 from .probes import Split
 
 
@@ -101,15 +102,9 @@ def _shapes(encoder: ResNet) -> dict[str, torch.Size]:
 
 @contextmanager
 def _whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes the place of ``path`` at the end, so that an error leaves the old one."""
-    draft = path.with_name(path.name + ".part")
+    """`whole_file`, for what a user asked for."""
     try:
-        with draft.open("wb") as file:
+        with whole_file(path) as file:
             yield file
-        draft.replace(path)
-    except BaseException as error:
-        with suppress(OSError):
-            draft.unlink()
-        if isinstance(error, OSError):
-            raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-        raise
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {reason(error)}") from error

@@ -21,16 +21,24 @@ def build_optimizer(recipe: Recipe, networks: nn.Module, predictor: nn.Module) -
     Args:
         recipe: The options.
         networks: What is in front of the predictor.
-        predictor: The predictor, in groups of its own: ``fixed_lr`` marks them.
+        predictor: The predictor, in groups of its own, with a learning rate and weight decay of
+            their own. ``fixed_lr`` marks those that no schedule changes.
     """
     groups: list[dict[str, Any]] = []
-    for module, fixed in ((networks, False), (predictor, recipe.fixed_predictor_lr)):
+    own_lr, own_decay = recipe.predictor_lr * recipe.lr, recipe.predictor_weight_decay
+    if own_decay is None:
+        own_decay = recipe.weight_decay
+    for module, lr, decay, fixed in (
+        (networks, recipe.lr, recipe.weight_decay, False),
+        (predictor, own_lr, own_decay, recipe.fixed_predictor_lr),
+    ):
+        shared = {"lr": lr, "fixed_lr": fixed}
         trained = [p for p in module.parameters() if p.requires_grad]
         decayed = [p for p in trained if recipe.decay_all or p.ndim > 1]
         plain = [p for p in trained if not (recipe.decay_all or p.ndim > 1)]
-        for parameters, decay in ((decayed, recipe.weight_decay), (plain, 0.0)):
+        for parameters, penalty in ((decayed, decay), (plain, 0.0)):
             if parameters:
-                groups.append({"params": parameters, "weight_decay": decay, "fixed_lr": fixed})
+                groups.append({"params": parameters, "weight_decay": penalty, **shared})
     if recipe.optimizer == "sgd":
         return SGD(groups, recipe.lr, momentum=recipe.momentum)
     from timm.optim.lars import Lars  # imports a second's worth of models

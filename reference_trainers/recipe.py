@@ -73,7 +73,11 @@ class Recipe:
         decay_all: Whether biases and normalisations decay too (and LARS adapts their rates).
         schedule: Of the learning rate: constant, or cosine to 0 over the run.
         warmup: Epochs over which the learning rate rises linearly from 0.
-        fixed_predictor_lr: Whether the learned predictor's learning rate stays at lr.
+        predictor_lr: Factor of the trained predictor's learning rate: it is this times lr.
+        predictor_weight_decay: L2 penalty of the trained predictor; null: as weight_decay.
+        fixed_predictor_lr: Whether the trained predictor's learning rate keeps its first value.
+        symmetric: Whether the learned linear predictor starts symmetric and is made so again after
+            every step: W becomes (W + Wᵀ) / 2.
         target_momentum: Share that byol's target keeps of itself at every step.
         target_schedule: Of that share: constant, or cosine up to 1 over the run.
         rho: Share that the running correlation keeps of itself at every step (Eq. 19).
@@ -129,7 +133,10 @@ class Recipe:
     decay_all: Switch = True
     schedule: Annotated[str, ("constant", "cosine")] = "constant"
     warmup: NonNegative = 0.0
+    predictor_lr: NonNegative = 1.0
+    predictor_weight_decay: Annotated[float | None, (0, math.inf)] = None
     fixed_predictor_lr: Switch = False
+    symmetric: Switch = False
     target_momentum: Share = 0.996
     target_schedule: Annotated[str, ("constant", "cosine")] = "constant"
     rho: Annotated[float, (0, 0.9999)] = 0.3

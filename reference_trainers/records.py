@@ -8,11 +8,12 @@ import json
 import os
 import platform
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from . import files
 from .errors import UsageError, UserError
 from .monitor import Measurement
 from .recipe import Recipe
@@ -63,24 +64,33 @@ def write_summary(directory: Path, summary: dict[str, Any]) -> None:
     write(directory / "summary.json", json.dumps(summary | about, indent=2) + "\n")
 
 
-def write_metrics(directory: Path, runs: Iterable[tuple[Recipe, list[Measurement]]]) -> None:
-    """Write metrics.csv, one value a row; ``index`` counts the values of a vector."""
+def write_metrics(
+    directory: Path,
+    runs: Iterable[tuple[Recipe, list[Measurement]]],
+    options: Sequence[str] = ("predictor",),
+) -> None:
+    """Write metrics.csv, one value a row; ``index`` counts the values of a vector.
+
+    Args:
+        directory: Of the runs.
+        runs: What was measured of each.
+        options: Those that tell the runs apart, beside the seed: the first columns.
+    """
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
-    table.writerow(["predictor", "seed", "epoch", "metric", "index", "value"])
+    table.writerow([*options, "seed", "epoch", "metric", "index", "value"])
     for recipe, history in runs:
+        about = [getattr(recipe, option) for option in options]
         for measured in history:
             for metric, index, value in _values(measured):
-                row = (recipe.predictor, recipe.seed, measured["epoch"], metric, index)
+                row = (*about, recipe.seed, measured["epoch"], metric, index)
                 table.writerow([*row, f"{value:.7g}"])
     write(directory / "metrics.csv", text.getvalue())
 
 
 def write(path: Path, text: str) -> None:
     """Write a file at once or not at all, so that one interrupted leaves the old one whole."""
-    draft = path.with_name(path.name + ".part")
-    draft.write_text(text, encoding="utf-8")
-    draft.replace(path)
+    files.write(path, text.encode())
 
 
 def _values(measured: Measurement) -> Iterator[tuple[str, int | str, float]]:

@@ -1,4 +1,4 @@
-"""The command ``directpred report``: one page that compares runs, and the picture on it."""
+"""The command ``directpred report``: one page that compares runs, and the pictures on it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import to_rgb
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
@@ -28,7 +29,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
-from . import records
+from . import files, records
 from .errors import UserError
 from .plot import COLOURS, LEADING, STYLE
 from .progress import open_console
@@ -59,6 +60,8 @@ CURVES = {
 SPECTRA = ("correlation_eigenvalues", "weight_eigenvalues")
 MOST_SPECTRA = 8
 """Groups whose spectra are drawn, at most: each takes a row."""
+MOST_LEARNED = 4
+"""Learned linear predictors whose eigenspaces are drawn, at most: each takes a row."""
 MOST_LINES = 64
 """Eigenvalues drawn, at most; of more, as many evenly by rank."""
 
@@ -84,6 +87,9 @@ Values = NDArray[np.float64]
 def report(runs: Sequence[Path], out: Path | None) -> None:
     """Compare runs on one page: write report.html, which stands alone, and report.png.
 
+    Where a run has a learned linear predictor, alignment.png shows how far it has come to be what
+    DirectPred sets.
+
     Args:
         runs: Directories that ``directpred train`` or ``directpred compare`` wrote; a run may still
             be going on.
@@ -100,10 +106,16 @@ def report(runs: Sequence[Path], out: Path | None) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     labels = _labels(found)
     picture = draw(groups, _group_labels(found, labels))
-    _write_bytes(directory / "report.png", picture)
-    records.write(directory / "report.html", _page(found, labels, picture))
+    eigenspaces = draw_eigenspaces(groups, _group_labels(found, labels))
+    pictures = {"report.png": picture}
+    if eigenspaces is not None:
+        pictures["alignment.png"] = eigenspaces
+    for name, content in pictures.items():
+        files.write(directory / name, content)
+    records.write(directory / "report.html", _page(found, labels, picture, eigenspaces))
+    written = [str(directory / name) for name in ("report.html", *pictures)]
     open_console().print(
-        f"written to {directory / 'report.html'} and {directory / 'report.png'}",
+        f"written to {', '.join(written[:-1])} and {written[-1]}",
         soft_wrap=True,
         markup=False,
         highlight=False,
@@ -128,7 +140,7 @@ def save_views(raw: Tensor, view1: Tensor, view2: Tensor, path: Path) -> None:
     grid = (torch.cat(rows) * 255).round().byte()
     picture = io.BytesIO()
     Image.fromarray(grid.numpy()).save(picture, format="PNG", optimize=True)
-    _write_bytes(path, picture.getvalue())
+    files.write(path, picture.getvalue())
 
 
 def _tiles(images: Tensor, edge: int) -> Tensor:
@@ -158,6 +170,11 @@ class Group:
     recipe: Mapping[str, Any]
     seconds: Sequence[float]
     seeds: Mapping[int, Mapping[str, Mapping[int, Sequence[float]]]]
+
+    @property
+    def is_set(self) -> bool:
+        """Whether there are spectra of F̂ and of a weight that a rule sets from it."""
+        return self.predictor in RULES and all(self.series(metric) for metric in SPECTRA)
 
     @property
     def last_epoch(self) -> int | None:
@@ -231,6 +248,8 @@ def read(path: Path) -> RunDirectory:
     if not (summary_file.is_file() or metrics_file.is_file()):
         raise UserError(f"{path} is not a run: it has neither summary.json nor metrics.csv")
     summary = _read_summary(summary_file) if summary_file.is_file() else {}
+    if summary.get("command") == "sweep":
+        raise UserError(f"{path} is a sweep: its picture is {path / 'sweep.png'}")
     measured = _read_metrics(metrics_file) if metrics_file.is_file() else {}
     recipe = summary.get("recipe", {})
     groups = []
@@ -310,11 +329,7 @@ def draw(groups: Sequence[Group], labels: Sequence[str]) -> bytes:
         if group.last_epoch is not None
     ]
     curves = [metric for metric in CURVES if any(group.series(metric) for group, *_ in lines)]
-    spectra = [
-        (group, label)
-        for group, label, _ in lines
-        if all(group.series(metric) is not None for metric in SPECTRA)
-    ][:MOST_SPECTRA]
+    spectra = [(group, label) for group, label, _ in lines if group.is_set][:MOST_SPECTRA]
     width = 2 if len(curves) in (2, 4) else min(3, len(curves))
     rows = [curves[start : start + width] for start in range(0, len(curves), width)]
     columns = 3 if max(len(label) for _, label, _ in lines) <= 34 else 2
@@ -413,6 +428,106 @@ def _spectra(panels: Sequence[Axes], group: Group, label: str) -> None:
         axes.set_ylim(min(0.0, float(p.min())), None)
 
 
+def draw_eigenspaces(groups: Sequence[Group], labels: Sequence[str]) -> bytes | None:
+    """The picture of what learned linear predictors make of the eigenvectors u_j of F.
+
+    A row for each, of its first seed: the alignment of every u_j over the epochs; u_jᵀ W_p u_j
+    against s_j, both over their greatest, with the parabola of the theory and Eq. 18; and
+    ‖W_p u_j‖² / α_p against ‖Wᵀ u_j‖² of the projector's last layer, which Theorem 1 makes equal in
+    the long run.
+
+    Args:
+        groups: Those of learned linear predictors are drawn, at most `MOST_LEARNED`.
+        labels: What to call each.
+
+    Returns:
+        A PNG, or None where there is no such group.
+    """
+    learned = [
+        (group, _short(label))
+        for group, label in zip(groups, labels, strict=True)
+        if group.series("weight_diagonal") is not None
+    ][:MOST_LEARNED]
+    if not learned:
+        return None
+    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")
+        figure = Figure(figsize=(11, 3.1 * len(learned)), dpi=150, layout="constrained")
+        FigureCanvasAgg(figure)
+        rows: Any = figure.subplots(len(learned), 3, squeeze=False)
+        for panels, (group, label) in zip(rows, learned, strict=True):
+            _learned(panels, group, label)
+        bar = figure.colorbar(
+            ScalarMappable(Normalize(-1, 1), "RdBu"), ax=rows, shrink=0.6 / len(learned), pad=0.01
+        )
+        bar.set_label("cos∠($u_j$, $W_pu_j$)")
+        bar.outline.set_visible(False)
+        picture = io.BytesIO()
+        figure.savefig(picture, format="png", metadata={"Software": None})
+    return picture.getvalue()
+
+
+def _learned(panels: Sequence[Axes], group: Group, label: str) -> None:
+    """A row of `draw_eigenspaces`."""
+
+    def of_first_seed(metric: str) -> tuple[Values, Values] | None:
+        series = group.series(metric)
+        return series and (series[0], series[1][0, :, -MOST_LINES:])
+
+    aligned, s, p = map(of_first_seed, ("alignment", "correlation_eigenvalues", "weight_diagonal"))
+    assert aligned is not None
+    assert s is not None
+    assert p is not None
+    epochs, cosines = aligned
+    edges = np.concatenate([epochs[:1], (epochs[1:] + epochs[:-1]) / 2, epochs[-1:]])
+    if len(epochs) == 1:
+        edges = epochs[0] + np.asarray([-0.5, 0.5])
+    rank = np.arange(cosines.shape[1] + 1) + 0.5
+    panels[0].pcolormesh(edges, rank, cosines.T[::-1], cmap="RdBu", vmin=-1, vmax=1)
+    panels[0].invert_yaxis()
+    panels[0].grid(visible=False)
+    panels[0].set_title(f"{label}\nAlignment of $u_j$, the leading one on top")
+    panels[0].set_xlabel("epoch")
+    panels[0].set_ylabel("rank of $s_j$")
+
+    share, weight = s[1][-1] / s[1][-1].max(), p[1][-1] / np.abs(p[1][-1]).max()
+    known = share > 1e-8  # below, eigenvalues of a correlation that lacks rank are rounding
+    dots: dict[str, Any] = {"cmap": "RdBu", "vmin": -1, "vmax": 1, "edgecolors": "#222222"}
+    dots |= {"s": 20, "linewidths": 0.6, "zorder": 3}
+    panels[1].scatter(share[known], weight[known], c=cosines[-1, known], **dots)
+    grid = np.geomspace(share[known].min(), 1, 200)
+    eq18 = RULES["directpred"]()(s[1][-1].max() * grid)
+    panels[1].plot(
+        grid, np.sqrt(grid), "--", color="#444444", linewidth=1, label="parabola, p ∝ √s"
+    )
+    panels[1].plot(
+        grid, eq18 / eq18[-1], color=COLOURS["directpred"], linewidth=1, label="Eq. 18, ε = 0.1"
+    )
+    panels[1].set_xscale("log")
+    panels[1].set_xlabel("$s_j$ / max $s$")
+    panels[1].set_ylabel("$p_j=u_j^TW_pu_j$ / max |$p$|")
+    panels[1].set_title(f"$p_j$ against $s_j$ at epoch {epochs[-1]:.0f}")
+    panels[1].legend(loc="upper left", frameon=False, fontsize=8.5)
+
+    norms, projector = of_first_seed("weight_norms"), of_first_seed("projector_norms")
+    if norms is None or projector is None:
+        panels[2].set_axis_off()
+        return
+    rate = float(group.recipe.get("predictor_lr", 1.0)) or 1.0
+    x, y = projector[1] ** 2, norms[1] ** 2 / rate
+    panels[2].scatter(x[0], y[0], s=14, facecolors="none", edgecolors="#999999", label="epoch 0")
+    panels[2].scatter(x[-1], y[-1], c=cosines[-1], label=f"epoch {epochs[-1]:.0f}", **dots)
+    both = np.concatenate([x[0], y[0], x[-1], y[-1]])
+    ends = both[both > 0].min(), both.max()
+    panels[2].plot(ends, ends, "--", color="#444444", linewidth=1, label="Theorem 1, in the end")
+    panels[2].set_xscale("log")
+    panels[2].set_yscale("log")
+    panels[2].set_xlabel("$\\|W^Tu_j\\|^2$ of the projector's last layer")
+    panels[2].set_ylabel("$\\|W_pu_j\\|^2/\\alpha_p$")
+    panels[2].set_title("Balance of projector and predictor")
+    panels[2].legend(loc="upper left", frameon=False, fontsize=8.5)
+
+
 def _epochs(axes: Axes, end: int) -> None:
     axes.set_xlabel("epoch")
     axes.set_xlim(-0.02 * max(end, 1), 1.02 * max(end, 1))
@@ -469,14 +584,17 @@ pre { background: var(--band); padding: .7rem 1rem; border-radius: 6px; overflow
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
-def _page(runs: Sequence[RunDirectory], labels: Sequence[str], picture: bytes) -> str:
+def _page(
+    runs: Sequence[RunDirectory], labels: Sequence[str], picture: bytes, eigenspaces: bytes | None
+) -> str:
     datasets = dict.fromkeys(run.recipe.get("dataset") for run in runs)
     known = ", ".join(str(name) for name in datasets if name is not None)
     heading = f"Report of {labels[0]}" if len(runs) == 1 else f"Report of {len(runs)} runs"
     sections = [
         _results(runs, labels),
         _figure(picture, runs),
-        _all_views(runs, labels, PICTURES_BYTES - len(picture)),
+        _eigenspaces(eigenspaces, runs) if eigenspaces is not None else "",
+        _all_views(runs, labels, PICTURES_BYTES - len(picture) - len(eigenspaces or b"")),
         _differences(runs, labels),
         _commands(runs, labels),
         _about(runs, labels),
@@ -564,7 +682,7 @@ def _mean(values: Iterable[float], digits: int) -> str:
 def _figure(picture: bytes, runs: Sequence[RunDirectory]) -> str:
     groups = [group for run in runs for group in run.groups]
     shown = [metric for metric in CURVES if any(group.series(metric) for group in groups)]
-    heads = sum(all(group.series(metric) for metric in SPECTRA) for group in groups)
+    heads = sum(group.is_set for group in groups)
     names = ", ".join(name.replace("_", " ") for name in shown).replace("knn", "k-NN")
     text = f"Over the epochs: {names}. Colours tell the predictors, dashes the runs, apart."
     if "alignment" in shown:
@@ -582,6 +700,23 @@ def _figure(picture: bytes, runs: Sequence[RunDirectory]) -> str:
         text += f" Of {heads} spectra, the first {MOST_SPECTRA} are shown."
     image = _image(picture, f"Plots. {text}", text)
     return f'<h2>Curves and spectra</h2>\n<div class="plots">{image}</div>'
+
+
+def _eigenspaces(picture: bytes, runs: Sequence[RunDirectory]) -> str:
+    text = (
+        "Of the first seed of each learned linear predictor, with the eigenvectors of the"
+        " correlation F of the features, on held-out images. Left: blue where the predictor keeps"
+        " the eigenvector in place, white where it turns it away, red where it turns it over."
+        " Middle: what it multiplies each eigenvector by, beside the parabola on which the theory"
+        " ends, and Eq. 18, both drawn through the leading one. Right: by Theorem 1 the squared"
+        " norms differ by a constant that weight decay takes away, if it is the same for both; on"
+        " the dashed line they are equal."
+    )
+    learned = sum(group.series("weight_diagonal") is not None for r in runs for group in r.groups)
+    if learned > MOST_LEARNED:
+        text += f" Of {learned} predictors, the first {MOST_LEARNED} are shown."
+    image = _image(picture, f"Plots. {text}", text)
+    return f'<h2>Eigenspaces of the learned linear predictor</h2>\n<div class="plots">{image}</div>'
 
 
 def _image(content: bytes, alt: str, caption: str) -> str:
@@ -720,10 +855,3 @@ def _group_labels(runs: Sequence[RunDirectory], labels: Sequence[str]) -> list[s
 
 def _title(predictor: str) -> str:
     return LABELS.get(predictor, predictor)
-
-
-def _write_bytes(path: Path, content: bytes) -> None:
-    """Write a file at once or not at all."""
-    draft = path.with_name(path.name + ".part")
-    draft.write_bytes(content)
-    draft.replace(path)

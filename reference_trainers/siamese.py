@@ -44,7 +44,10 @@ def build_predictor(recipe: Recipe) -> nn.Module:
     dim = recipe.dim
     match recipe.predictor:
         case "linear":
-            return nn.Linear(dim, dim, bias=False)
+            linear = nn.Linear(dim, dim, bias=False)
+            if recipe.symmetric:
+                symmetrise(linear.weight)
+            return linear
         case "mlp":
             return mlp(dim, recipe.predictor_hidden, dim, affine=recipe.bn_affine)
         case "none":
@@ -154,6 +157,8 @@ class Siamese(L.LightningModule):
         super().optimizer_step(*args, **kwargs)
         self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"])
         self.passes = 0
+        if self.recipe.symmetric and isinstance(self.predictor, nn.Linear):
+            symmetrise(self.predictor.weight)
         if self.has_target:
             momentum = target_momentum(self.recipe, step, self.steps_per_epoch)
             follow(self.target, self.online, momentum)
@@ -163,6 +168,16 @@ class Siamese(L.LightningModule):
         checkpoint["recipe"] = asdict(self.recipe)
         checkpoint["channels"] = self.channels
         checkpoint["steps_per_epoch"] = self.steps_per_epoch
+
+
+@torch.no_grad()
+def symmetrise(weight: Tensor) -> None:
+    """Make a matrix (dim, dim) symmetric, in place: W becomes (W + Wᵀ) / 2.
+
+    After every step of SGD this is the same as to train the symmetric part alone, since SGD with
+    momentum and weight decay is linear in weight and gradient.
+    """
+    weight.copy_((weight + weight.T) / 2)
 
 
 @torch.no_grad()

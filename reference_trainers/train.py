@@ -9,32 +9,36 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from pathlib import Path
-from types import FrameType
 from typing import Any
 from unittest import mock
 
 import lightning as L
 import torch
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from threadpoolctl import threadpool_limits
 
-from . import checkpoint, records
+from . import checkpoint, files, records
 from .batches import FileBatches, MemoryBatches, Pair
 from .datasets import Dataset, Files, Memory, decode, load
-from .errors import Interrupted, UsageError, UserError
+from .errors import Interrupted, Lost, UsageError, UserError, warn
+from .logs import open_logs
 from .monitor import Measurement, Monitor
 from .progress import Progress, one_line, open_console
+from .ranks import TIMEOUT, deaths_explained, watched, without_signal_handlers
 from .recipe import Recipe
 from .report import save_views
 from .siamese import Siamese
+from .signals import stop_on_signals
 from .views import build_views
 
 VIEWS = "views.png"
 """What a run looks at, in its directory."""
 
-LAST = Path("checkpoints") / "last.ckpt"
+LAST = Path("checkpoints") / checkpoint.LAST
 """The checkpoint of ``directpred train`` in the directory of its run."""
 
 
@@ -85,6 +89,7 @@ def fit(
     stop: Callable[[], bool] = lambda: False,
     callbacks: Sequence[L.Callback] = (),
     loggers: Sequence[Logger] = (),
+    timeout: timedelta = TIMEOUT,
 ) -> Run:
     """Train by a recipe.
 
@@ -98,6 +103,7 @@ def fit(
         stop: Asked after every step whether to stop.
         callbacks: More of them.
         loggers: Told the loss and the learning rate of every fiftieth step, and what is measured.
+        timeout: How long a rank waits for the others.
 
     Returns:
         The run.
@@ -105,27 +111,31 @@ def fit(
     Raises:
         Interrupted: `stop` said yes; ``path`` holds the run.
         UsageError: The batch does not divide into equal parts, or exceeds the images.
-        UserError: Training diverged, ``resume`` is no checkpoint, or an image cannot be read.
+        UserError: Training diverged, ``resume`` is no checkpoint, an image cannot be read, a
+            process that decodes them or another rank has died, or ``path`` cannot be written at
+            the end. What an earlier epoch left at ``path`` is then still there.
     """
     started = time.perf_counter()
     with fixed_threads(recipe.threads), torch.random.fork_rng(devices=[]), quiet_lightning():
         if data is None:
             data = load(recipe.dataset, machine.data, machine.download)
         done = checkpoint.read(resume)[0]["global_step"] if resume else 0
-        monitor = Monitor(data, machine.workers, report)
+        monitor, storage = Monitor(data, machine.workers, report), checkpoint.Storage(resume)
+        ranks = machine.devices * machine.nodes
         with without_entry_points():
             trainer = L.Trainer(
                 accelerator=recipe.device,
                 devices=machine.devices,
                 num_nodes=machine.nodes,
-                strategy="ddp" if machine.devices * machine.nodes > 1 else "auto",
+                strategy=DDPStrategy(timeout=timeout) if ranks > 1 else "auto",
+                plugins=[storage],
                 precision=PRECISIONS[recipe.precision],
                 sync_batchnorm=recipe.device != "cpu" and torch.cuda.is_available(),
                 max_epochs=recipe.epochs,
                 accumulate_grad_batches=recipe.accumulate,
                 callbacks=[
                     monitor,
-                    checkpoint.Checkpoints(path, machine.data, machine.keep_every, stop),
+                    checkpoint.Checkpoints(path, storage, machine.data, machine.keep_every, stop),
                     *callbacks,
                 ],
                 logger=list(loggers) or False,
@@ -142,7 +152,13 @@ def fit(
             passes.steps,
             build_views(recipe, getattr(data.pretrain, "maximum", 255), passes.cropped),
         )
-        trainer.fit(model, passes, ckpt_path=resume, weights_only=True)
+        try:
+            with deaths_explained(), without_signal_handlers(), watched():
+                trainer.fit(model, passes, ckpt_path=resume, weights_only=True)
+        except SystemExit as end:  # what Lightning makes of an interrupt
+            if isinstance(end.__context__, KeyboardInterrupt):
+                raise end.__context__ from None
+            raise
     return Run(recipe, monitor.history, time.perf_counter() - started)
 
 
@@ -274,23 +290,6 @@ def quiet_lightning() -> Iterator[None]:
             logger.setLevel(level)
 
 
-@contextmanager
-def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
-    """Turn Ctrl-C into a wish, to be asked for between two steps; a second one interrupts."""
-    asked = False
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        asked = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    before = signal.signal(signal.SIGINT, ask)
-    try:
-        yield lambda: asked
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
 def _rank() -> int:
     """Of this process, before there is a trainer: by the environment of its launcher."""
     return int(getattr(rank_zero_only, "rank", 0))
@@ -357,14 +356,25 @@ class Keeper(L.Callback):
         if not path.exists() and trainer.is_global_zero:
             assert isinstance(pl_module, Siamese)
             view1, view2 = pl_module.augment(batch)
-            save_views(batch[0], view1, view2, path)
+            with _if_it_can_be_written(path):
+                save_views(batch[0], view1, view2, path)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write metrics.csv; the monitor comes first."""
         if trainer.is_global_zero:
             callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
             (monitor,) = (c for c in callbacks if isinstance(c, Monitor))
-            records.write_metrics(self.directory, [(self.recipe, monitor.history)])
+            with _if_it_can_be_written(self.directory / "metrics.csv"):
+                records.write_metrics(self.directory, [(self.recipe, monitor.history)])
+
+
+@contextmanager
+def _if_it_can_be_written(path: Path) -> Iterator[None]:
+    """Go on without a file that is no checkpoint."""
+    try:
+        yield
+    except OSError as error:
+        warn(f"cannot write {path}: {files.reason(error)}")
 
 
 def train(
@@ -380,20 +390,26 @@ def train(
         options: Of the recipe. To a resumed run, only ``epochs`` can be given.
         out: Where the runs are.
         name: Of the new run.
-        resume: A checkpoint to go on from. It goes on in the directory of its run, unless ``name``
-            is given or the run is one of a comparison; then in a new one.
+        resume: A checkpoint or a run to go on from, as `checkpoint.newest` says. It goes on in the
+            directory of its run, unless ``name`` is given or the checkpoint is not the run's last;
+            then in a new one.
         machine: Where the images are and what computes. A resumed run knows where its images were.
 
     Raises:
         UserError: Something is wrong with the options, the checkpoint or the directory.
-        Interrupted: By Ctrl-C; the message says how to go on.
+        Interrupted: By Ctrl-C or SIGTERM; the message says how to go on.
     """
+    home = None
     if resume is None:
         recipe = Recipe.parse(options)
     else:
         if others := sorted(options.keys() - {"epochs"}):
             raise UsageError(f"--resume goes on with the run's own recipe; leave out {others[0]}")
-        content, model = checkpoint.read(resume)
+        resume, content, model, instead = checkpoint.newest(resume)
+        if instead and _rank() == 0:
+            warn(instead)
+        if instead or resume.name == LAST.name:
+            home = resume.absolute().parent
         recipe = Recipe.parse(asdict(model.recipe) | options)
         if machine.data is None and content["data"] is not None:
             machine = replace(machine, data=Path(content["data"]))
@@ -402,8 +418,8 @@ def train(
 
     data = load(recipe.dataset, machine.data, machine.download)
     check(recipe, data, machine.devices * machine.nodes)
-    if resume is not None and name is None and resume.absolute().parts[-2:] == LAST.parts:
-        directory = resume.absolute().parent.parent
+    if home is not None and home.name == LAST.parts[0] and name is None:
+        directory = home.parent
     elif _rank() == 0:
         directory = records.new_directory(out, name, "train")
     elif name is not None:
@@ -414,7 +430,11 @@ def train(
 
     console = open_console()
     speed, keeper = Speed(recipe), Keeper(recipe, directory)
-    with stop_on_interrupt() as stop, Progress(console, total=recipe.epochs) as progress:
+    with (
+        stop_on_signals() as wish,
+        Progress(console, total=recipe.epochs) as progress,
+        open_logs(directory) as logs,
+    ):
 
         def report(epoch: int, measured: Measurement | None) -> None:
             progress.advance(recipe.predictor, epoch, recipe.epochs)
@@ -422,6 +442,7 @@ def train(
                 pace = speed.line(recipe.epochs - epoch)
                 progress.print(f"epoch {epoch:4d}/{recipe.epochs}  {one_line(measured)}{pace}")
 
+        go_on = f"go on by: directpred train --resume {path}"
         try:
             run = fit(
                 recipe,
@@ -430,17 +451,15 @@ def train(
                 data=data,
                 resume=resume,
                 report=report,
-                stop=stop,
+                stop=wish,
                 callbacks=[speed, keeper],
-                loggers=[
-                    CSVLogger(directory, name="", version="log"),
-                    TensorBoardLogger(directory, name="", version="tensorboard"),
-                ],
+                loggers=[logs],
             )
-        except Interrupted as interrupted:
-            raise Interrupted(
-                f"{interrupted}; go on by: directpred train --resume {path}"
-            ) from None
+        except Interrupted as stopped:
+            number = wish.number or signal.SIGTERM  # it may be that of another rank
+            raise Interrupted(f"{stopped}; {go_on}", number) from None
+        except Lost as lost:
+            raise Lost(f"{lost}; {go_on}" if path.exists() else str(lost)) from lost
     if _rank() > 0:
         return
     result = run.history[-1]

@@ -242,7 +242,8 @@ def test_an_unreadable_image_is_named(damage: str, workers: int, tmp_path: Path)
         assert "\n" not in str(caught.value)
 
 
-def test_an_interrupt_is_left_to_the_main_process(coloured: Files) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_left_to_the_main_process(number: signal.Signals, coloured: Files) -> None:
     before = set(multiprocessing.active_children())
     batches = FileBatches(coloured, 4, 0, SIZE, workers=2)
     seen = []
@@ -250,7 +251,7 @@ def test_an_interrupt_is_left_to_the_main_process(coloured: Files) -> None:
         seen += numbers(view)
         if len(seen) == 8:  # either worker has made one, so both have started
             for worker in set(multiprocessing.active_children()) - before:
-                os.kill(worker.pid, signal.SIGINT)
+                os.kill(worker.pid, number)
     assert seen == permutation(20, 0, 0)
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import fields
 from importlib.resources import files
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -13,14 +15,17 @@ from torch import Tensor
 from directpred.reference_trainers import siamese
 from directpred.reference_trainers.datasets import Memory, load
 from directpred.reference_trainers.errors import UsageError
+from directpred.reference_trainers.monitor import of_linear
 from directpred.reference_trainers.networks import resnet
 from directpred.reference_trainers.optimizers import (
     build_optimizer,
+    build_schedule,
     learning_rate,
     target_momentum,
 )
 from directpred.reference_trainers.recipe import PREDICTORS, Recipe, descriptions
-from directpred.reference_trainers.siamese import Siamese, follow
+from directpred.reference_trainers.siamese import Siamese, follow, symmetrise
+from directpred.reference_trainers.train import fit
 from directpred.reference_trainers.views import build_views
 
 CONFIGS = files("directpred.reference_trainers").joinpath("configs")
@@ -81,6 +86,9 @@ def test_values_may_be_spelled_as_strings() -> None:
         ("lr", float("nan")),
         ("lr", [1]),
         ("eps", -1),
+        ("predictor_lr", -1),
+        ("predictor_weight_decay", "no"),
+        ("symmetric", 1),
         ("rho", 1.0),
         ("predictor", 3),
         ("predictors", "mlp"),
@@ -141,6 +149,88 @@ def test_simsiam_has_the_online_network_for_a_target() -> None:
     assert not any(name.startswith("target") for name, _ in model.named_parameters())
     loss_of(model, 16).backward()
     assert all(p.grad is not None for p in model.online.parameters())
+
+
+def test_the_predictor_has_a_rate_and_a_decay_of_its_own() -> None:
+    recipe = Recipe(predictor="linear", lr=0.1, predictor_lr=3, predictor_weight_decay=0.5)
+    model = built(recipe)
+    trunk, predictor = build_optimizer(recipe, model.online, model.predictor).param_groups
+    assert (trunk["lr"], trunk["weight_decay"]) == (0.1, 4e-4)
+    assert (predictor["lr"], predictor["weight_decay"]) == (pytest.approx(0.3), 0.5)
+    assert predictor["params"] == list(model.predictor.parameters())
+    schedule = build_schedule(Recipe(epochs=1, schedule="cosine"), optimizer_of(recipe), 2)
+    schedule.optimizer.step()
+    schedule.step()
+    assert schedule.get_last_lr() == pytest.approx([0.05, 0.15])
+
+
+def optimizer_of(recipe: Recipe) -> torch.optim.Optimizer:
+    model = built(recipe)
+    return build_optimizer(recipe, model.online, model.predictor)
+
+
+def test_to_make_symmetric_after_every_step_is_to_train_the_symmetric_part() -> None:
+    generator = torch.Generator().manual_seed(0)
+    gradients = torch.randn(5, 4, 4, generator=generator, dtype=torch.float64)
+    start = torch.randn(4, 4, generator=generator, dtype=torch.float64)
+    ends = []
+    for projected in (True, False):
+        weight = torch.nn.Parameter(start.clone())
+        symmetrise(weight)
+        assert torch.equal(weight, (start + start.T) / 2)
+        optimizer = torch.optim.SGD([weight], 0.1, momentum=0.9, weight_decay=0.3)
+        for gradient in gradients:
+            weight.grad = gradient.clone() if projected else (gradient + gradient.T) / 2
+            optimizer.step()
+            if projected:
+                symmetrise(weight)
+        ends.append(weight.detach())
+    torch.testing.assert_close(*ends)
+    assert torch.equal(ends[0], ends[0].T)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_a_trained_linear_predictor_is_symmetric_where_it_should(
+    symmetric: bool, tmp_path: Path
+) -> None:
+    recipe = Recipe(predictor="linear", symmetric=symmetric, epochs=1, batch_size=512)
+    run = fit(recipe, tmp_path / "a.ckpt")
+    saved = torch.load(tmp_path / "a.ckpt", weights_only=True)["state_dict"]
+    weight = saved["predictor.weight"]
+    assert torch.equal(weight, weight.T) == symmetric
+    assert not torch.equal(weight, built(recipe).predictor.weight)
+    assert ("weight_eigenvalues" in run.history[0]) == symmetric
+    assert ("weight_eigenvalues" in run.history[1]) == symmetric
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_what_is_told_of_a_linear_predictor(symmetric: bool) -> None:
+    rng = np.random.default_rng(0)
+    z, weight, layer, bias = (
+        rng.normal(size=shape).astype(np.float32) for shape in ((50, 4), (4, 4), (4, 7), (4,))
+    )
+    weight = (weight + weight.T) / 2 if symmetric else weight
+    last = torch.nn.Linear(7, 4)
+    last.load_state_dict({"weight": torch.tensor(layer), "bias": torch.tensor(bias)})
+    correlation = torch.tensor(z.T @ z / 50)
+    projector = torch.nn.Sequential(torch.nn.ReLU(), last)
+    told = of_linear(torch.tensor(weight), projector, correlation)
+
+    s, u = np.linalg.eigh(z.T.astype(float) @ z / 50)
+    expected = {
+        "correlation_eigenvalues": s,
+        "weight_diagonal": [x @ weight @ x for x in u.T],
+        "weight_norms": [np.linalg.norm(weight @ x) for x in u.T],
+        "projector_norms": [np.sqrt(((layer.T @ x) ** 2).sum() + (bias @ x) ** 2) for x in u.T],
+    }
+    expected["alignment"] = np.divide(expected["weight_diagonal"], expected["weight_norms"])
+    if symmetric:
+        expected["weight_eigenvalues"] = np.linalg.eigvalsh(weight.astype(float))
+    assert told.keys() == expected.keys()
+    for name, values in expected.items():
+        np.testing.assert_allclose(told[name], values, rtol=1e-4, atol=1e-5)
+    projector.append(torch.nn.BatchNorm1d(4))
+    assert "projector_norms" not in of_linear(torch.tensor(weight), projector, correlation)
 
 
 def test_the_target_follows() -> None:

@@ -380,6 +380,78 @@ def test_rule_is_drawn_where_the_recipe_is_known(tmp_path: Path) -> None:
     assert not panels[2].lines
 
 
+LEARNED = (
+    *("alignment", "correlation_eigenvalues", "weight_diagonal"),
+    *("weight_norms", "projector_norms"),
+)
+
+
+def learned(directory: Path, vectors: Sequence[str] = LEARNED, **options: Any) -> Path:
+    """The directory of a run of a learned linear predictor."""
+    recipe = Recipe(epochs=2, predictor="linear", **options)
+    rows = [row for epoch in range(3) for row in values("linear", 0, epoch)]
+    rng = np.random.default_rng(0)
+    for epoch in range(3):
+        for name in vectors:
+            numbers = np.sort(rng.uniform(-1 if name == "alignment" else 0.1, 1, 5))
+            rows += [("linear", 0, epoch, name, j, float(x)) for j, x in enumerate(numbers)]
+    return write(directory, rows, summary_of(recipe))
+
+
+def test_eigenspaces_of_a_learned_predictor(tmp_path: Path) -> None:
+    run = learned(tmp_path / "a", predictor_lr=4.0)
+    (group,) = read(run).groups
+    panels = [Figure().add_subplot() for _ in range(3)]
+    module._learned(panels, group, "a")
+
+    def of(metric: str, epoch: int = -1) -> Any:
+        series = group.series(metric)
+        assert series is not None
+        return series[1][0, epoch]
+
+    (mesh,) = panels[0].collections
+    assert mesh.get_array() is not None
+    np.testing.assert_allclose(np.asarray(mesh.get_array())[:, -1], of("alignment")[::-1])
+    assert panels[0].get_ylim() == (5.5, 0.5)  # the leading one is on top
+    s, p = of("correlation_eigenvalues"), of("weight_diagonal")
+    (points,) = panels[1].collections
+    offsets = np.column_stack([s / s.max(), p / p.max()])
+    np.testing.assert_allclose(np.asarray(points.get_offsets()), offsets)
+    parabola, rule = (np.asarray(line.get_data(), dtype=float) for line in panels[1].lines)
+    np.testing.assert_allclose(parabola[1] ** 2, parabola[0])
+    raw = np.sqrt(s.max() * rule[0]) + 0.1 * s.max()
+    np.testing.assert_allclose(rule[1], raw / raw[-1])
+    before, after = panels[2].collections
+    for epoch, drawn in ((0, before), (-1, after)):
+        balance = [of("projector_norms", epoch) ** 2, of("weight_norms", epoch) ** 2 / 4]
+        np.testing.assert_allclose(np.asarray(drawn.get_offsets()), np.column_stack(balance))
+    (line,) = panels[2].lines
+    np.testing.assert_array_equal(line.get_xdata(), line.get_ydata())
+
+
+@pytest.mark.usefixtures("unplotted")
+def test_page_shows_the_eigenspaces_where_there_are_any(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "MOST_LEARNED", 1)
+    runs = [learned(tmp_path / "a", LEARNED[:3]), learned(tmp_path / "b")]
+    page = made(tmp_path, trained(tmp_path / "other"), *runs)
+    assert "Eigenspaces of the learned linear predictor" in page.text
+    assert "Of 2 predictors, the first 1 are shown." in page.text
+    with Image.open(tmp_path / "alignment.png") as picture:
+        assert page.images()[1].size == picture.size
+    page = made(tmp_path / "new", tmp_path / "other")
+    assert "Eigenspaces" not in page.text
+    assert not (tmp_path / "new" / "alignment.png").exists()
+
+
+def test_a_sweep_is_refused(tmp_path: Path) -> None:
+    run = trained(tmp_path / "a")
+    (run / "summary.json").write_text(json.dumps(summary_of(Recipe()) | {"command": "sweep"}))
+    with pytest.raises(UserError, match=re.escape(f"its picture is {run / 'sweep.png'}")):
+        report([run], tmp_path)
+
+
 def test_of_several_seeds_the_epochs_that_all_have_are_drawn(tmp_path: Path) -> None:
     rows = [
         row for s, last in ((0, 3), (1, 2)) for e in range(last + 1) for row in values("mlp", s, e)
