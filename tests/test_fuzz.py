@@ -212,7 +212,7 @@ class Model:
         self.weight, self.weight_off = np.eye(dim), 0.0
         self.steps = self.skipped = 0
         self.rows = []
-        self.rows_eps = 0.0
+        self.rows_info = None  # of the sums, where that is not `info`
         self.near_overflow = False
         self.info = np.finfo("float64" if double else "float32")
 
@@ -220,12 +220,13 @@ class Model:
         """Take the rows in; what should come of it: "" or the pattern of an error."""
         z, rho = np.concatenate(self.rows), self.rho if self.steps else 0.0
         dim, eps = z.shape[1], float(self.info.eps)
-        denormal = dim**0.5 * eps * float(self.info.smallest_normal) * (4 + 8192 / len(z))
+        summed = self.rows_info or self.info
+        rows_eps = float(summed.eps)
+        denormal = dim**0.5 * rows_eps * float(summed.smallest_normal) * (4 + 8192 / len(z))
         batch = z.T @ z / len(z)
         correlation = rho * self.correlation + (1 - rho) * batch
         mean = rho * self.mean + (1 - rho) * z.mean(axis=0)
         # Of the sum and of the moving average; |z| bounds what cancels in a mean.
-        rows_eps = max(eps, self.rows_eps)
         off = rho * self.off + 16 * rows_eps * np.trace(batch) + 4 * eps * np.trace(correlation)
         off += denormal
         size = (1 - rho) * np.abs(z).mean(axis=0) + np.abs(mean)
@@ -254,7 +255,7 @@ class Model:
             weight_off = 4 * self.moved(by, s[-1]) + (solving + 32 * eps) * norm + denormal**0.5
         self.correlation, self.off, self.mean, self.mean_off = correlation, off, mean, mean_off
         self.weight, self.weight_off = weight, weight_off
-        self.steps, self.rows, self.rows_eps = self.steps + 1, [], 0.0
+        self.steps, self.rows, self.rows_info = self.steps + 1, [], None
         return ""
 
 
@@ -318,7 +319,7 @@ class Machine(RuleBasedStateMachine):
         """The first array seen fixes the dtype of the statistics."""
         if not self.bound and dtype == "float64":
             if self.model.rows:  # a loaded open step, that was summed in float32
-                self.model.rows_eps = float(self.model.info.eps)
+                self.model.rows_info = self.model.info
                 if not fits(np.concatenate(self.model.rows), self.model.info):
                     self.model.rows = [*self.model.rows, np.full((1, self.dim), np.inf)]
             self.model.info = np.finfo("float64")
@@ -373,7 +374,7 @@ class Machine(RuleBasedStateMachine):
             assert self.options["nonfinite"] == "skip"
             before = self.state()
             call()
-            after.skipped, after.rows = after.skipped + 1, []
+            after.skipped, after.rows, after.rows_info = after.skipped + 1, [], None
             kept = {k: v for k, v in before.items() if "accumulated" not in k}
             same(kept | {"skipped": np.asarray(after.skipped)}, self.state())
         else:
