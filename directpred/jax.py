@@ -214,12 +214,13 @@ def load_state_dict(state: State, entries: Mapping[str, Any]) -> State:
         entries: What a `state_dict` gave, with arrays of any library.
 
     Raises:
-        ValueError: Of another version, dim or set of entries; not finite; or within a step that is
-            not closed yet, which a `State` cannot hold.
+        ValueError: Of another version, dim or set of entries; not finite; beyond the dtype; or
+            within a step that is not closed yet, which a `State` cannot hold.
     """
     loaded, accumulated = core.from_dict(entries, state.mean.shape[-1])
     if accumulated is not None:
         raise ValueError("the state holds an open step: call step() before it is saved")
+    loaded = core.moved(loaded, state.weight, state.weight.dtype)
     return _from_core(loaded, state.weight.dtype, state.options)
 
 
@@ -236,7 +237,7 @@ def _to_core(state: State) -> core.State:
 
 def _from_core(state: core.State, dtype: Any, options: Options) -> State:
     arrays = {
-        name: jnp.asarray(x, dtype=dtype if isinstance(x, np.ndarray) else jnp.int32)
+        name: jnp.asarray(x, dtype=dtype if np.ndim(x) else jnp.int32)
         for name, x in state._asdict().items()
     }
     return State(**arrays, options=options)

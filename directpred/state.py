@@ -51,15 +51,23 @@ def to_numpy(x: Any) -> np.ndarray[Any, Any]:
 
 
 def moved(arrays: Arrays, like: Array, dtype: Any) -> Arrays:
-    """Copy a state or moments in NumPy to the library and device of `like`; counts stay numbers."""
-    xp = array_namespace(like)
+    """Copy a state or moments in NumPy to the library and device of `like`; counts stay numbers.
 
-    def move(x: Any) -> Any:
+    Raises:
+        ValueError: A number is beyond the dtype, in which it would be infinite.
+    """
+    xp = array_namespace(like)
+    info = xp.finfo(dtype)
+
+    def move(name: str, x: Any) -> Any:
         if not isinstance(x, np.ndarray):
             return x
+        top = float(np.max(np.abs(x), where=np.isfinite(x), initial=0.0))
+        if top > float(info.max):
+            raise ValueError(f"{name} must fit {info.dtype}, got up to {top:.3g}")
         return xp.asarray(x, dtype=dtype, device=device(like), copy=True)
 
-    return type(arrays)(*map(move, arrays))
+    return type(arrays)(*(move(name, x) for name, x in arrays._asdict().items()))
 
 
 def to_dict(state: State, accumulated: Moments | None) -> dict[str, Any]:

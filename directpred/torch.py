@@ -334,13 +334,15 @@ class DirectPredHead(nn.Module):
             state, gathered = from_dict(
                 {name: x for name, x in entries.items() if name not in unexpected}, self.dim
             )
+            state = moved(state, self.mean, self.mean.dtype)
+            gathered = gathered and moved(gathered, self.mean, self.mean.dtype)
         except (TypeError, ValueError) as error:
             error_msgs.append(f"{prefix.removesuffix('.') or type(self).__name__}: {error}")
             return
         with torch.no_grad():
             for name, value in state._asdict().items():
                 getattr(self, name).copy_(torch.as_tensor(value))
-        self._gathered = gathered and moved(gathered, self.mean, self.mean.dtype)
+        self._gathered = gathered
         self._backward_seen = False
 
     def _replicate_for_data_parallel(self) -> NoReturn:

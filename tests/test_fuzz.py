@@ -23,7 +23,7 @@ from hypothesis.stateful import (
 
 import directpred as dp
 import oracle
-from conftest import BACKENDS
+from backends import BACKENDS
 from directpred.state import to_numpy
 
 TIMES = int(os.environ.get("DIRECTPRED_FUZZ", "0"))
@@ -195,6 +195,12 @@ SPOILED = {
 }
 
 
+def fits(rows, info):
+    """Whether the correlation of the rows is finite in that dtype."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return (rows**2).mean(axis=0).max() < info.max  # False for a NaN
+
+
 class Model:
     """What a predictor should hold, in float64, and how far off one in another dtype may be."""
 
@@ -206,6 +212,7 @@ class Model:
         self.weight, self.weight_off = np.eye(dim), 0.0
         self.steps = self.skipped = 0
         self.rows = []
+        self.rows_info = None  # of the sums, where that is not `info`
         self.near_overflow = False
         self.info = np.finfo("float64" if double else "float32")
 
@@ -213,15 +220,17 @@ class Model:
         """Take the rows in; what should come of it: "" or the pattern of an error."""
         z, rho = np.concatenate(self.rows), self.rho if self.steps else 0.0
         dim, eps = z.shape[1], float(self.info.eps)
-        denormal = dim**0.5 * eps * float(self.info.smallest_normal) * (4 + 8192 / len(z))
+        summed = self.rows_info or self.info
+        rows_eps = float(summed.eps)
+        denormal = dim**0.5 * rows_eps * float(summed.smallest_normal) * (4 + 8192 / len(z))
         batch = z.T @ z / len(z)
         correlation = rho * self.correlation + (1 - rho) * batch
         mean = rho * self.mean + (1 - rho) * z.mean(axis=0)
         # Of the sum and of the moving average; |z| bounds what cancels in a mean.
-        off = rho * self.off + 16 * eps * np.trace(batch) + 4 * eps * np.trace(correlation)
+        off = rho * self.off + 16 * rows_eps * np.trace(batch) + 4 * eps * np.trace(correlation)
         off += denormal
         size = (1 - rho) * np.abs(z).mean(axis=0) + np.abs(mean)
-        mean_off = rho * self.mean_off + 8 * eps * np.linalg.norm(size) + denormal
+        mean_off = rho * self.mean_off + 8 * rows_eps * np.linalg.norm(size) + denormal
         weight, weight_off = self.weight, self.weight_off
         if self.steps % self.freq == 0:
             centred, by = correlation, off
@@ -236,7 +245,7 @@ class Model:
                 p = self.exact_rule(s)
             if getattr(p, "shape", None) != s.shape:
                 return "must return an array of shape"
-            largest = max(s[-1] + by, *np.abs(p))
+            largest = np.max([s[-1] + by, *np.abs(p)])  # not max(), which may pass over a NaN
             if not largest < 16 * self.info.max:
                 return "gave a weight that is not finite"
             self.near_overflow = largest > self.info.max / 16
@@ -246,7 +255,7 @@ class Model:
             weight_off = 4 * self.moved(by, s[-1]) + (solving + 32 * eps) * norm + denormal**0.5
         self.correlation, self.off, self.mean, self.mean_off = correlation, off, mean, mean_off
         self.weight, self.weight_off = weight, weight_off
-        self.steps, self.rows = self.steps + 1, []
+        self.steps, self.rows, self.rows_info = self.steps + 1, [], None
         return ""
 
 
@@ -309,6 +318,10 @@ class Machine(RuleBasedStateMachine):
     def bind(self, dtype):
         """The first array seen fixes the dtype of the statistics."""
         if not self.bound and dtype == "float64":
+            if self.model.rows:  # a loaded open step, that was summed in float32
+                self.model.rows_info = self.model.info
+                if not fits(np.concatenate(self.model.rows), self.model.info):
+                    self.model.rows = [*self.model.rows, np.full((1, self.dim), np.inf)]
             self.model.info = np.finfo("float64")
         self.bound = True
 
@@ -318,12 +331,10 @@ class Machine(RuleBasedStateMachine):
         if not self.bound and given[0][0] == "float64":
             info = np.finfo("float64")
         for z in exact:
-            with np.errstate(over="ignore", invalid="ignore"):
-                overflows = not (z**2).mean(axis=0).max() < info.max
             if self.options["nonfinite"] == "raise" and not np.isfinite(z).all():
                 bad = len(z) - np.isfinite(z).all(axis=1).sum()
                 return f"NaN or infinity in {bad} of {len(z)} rows"
-            if self.options["nonfinite"] == "raise" and overflows:
+            if self.options["nonfinite"] == "raise" and not fits(z, info):
                 return "the correlation of the features overflows: their largest"
         return ""
 
@@ -359,14 +370,11 @@ class Machine(RuleBasedStateMachine):
     def closed(self, call):
         """Close the step by the call, which holds what the model holds."""
         after = copy.copy(self.model)
-        rows = np.concatenate(after.rows)
-        with np.errstate(over="ignore", invalid="ignore"):
-            fits = (rows**2).mean(axis=0).max() < after.info.max  # False for a NaN
-        if not fits:
+        if not fits(np.concatenate(after.rows), after.info):
             assert self.options["nonfinite"] == "skip"
             before = self.state()
             call()
-            after.skipped, after.rows = after.skipped + 1, []
+            after.skipped, after.rows, after.rows_info = after.skipped + 1, [], None
             kept = {k: v for k, v in before.items() if "accumulated" not in k}
             same(kept | {"skipped": np.asarray(after.skipped)}, self.state())
         else:

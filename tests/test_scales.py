@@ -9,6 +9,7 @@ features below 1e-19 count as zero.
 """
 
 import copy
+from itertools import product
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ RULES = [
     (dp.DirectCopy(), lambda s: oracle.directcopy(s, 0.3)),
     (dp.BoostScale(), lambda s: oracle.boost_scale(s, 0.01, 0.5, False, 1e-4)),
 ]
-pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in matmul:RuntimeWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 
 
 def exact_weight(z, rule):
@@ -54,8 +55,7 @@ def bound(scale, dtype, solver):
 
 
 @pytest.mark.parametrize("solver", ["eigh", "matmul"])
-@pytest.mark.parametrize(("rule", "expected"), RULES, ids=str)
-@pytest.mark.parametrize("rank", [None, 5])
+@pytest.mark.parametrize(("rule", "expected"), RULES, ids=["Eq18", "Set", "Copy", "Boost"])
 @pytest.mark.parametrize(
     ("dtype", "scales"),
     [
@@ -63,37 +63,35 @@ def bound(scale, dtype, solver):
         ("float64", [1e-150, 1e152]),
     ],
 )
-def test_weight_equals_the_oracle_at_any_scale(
-    backend, rng, dtype, scales, rank, rule, expected, solver
-):
-    base = [features(rng, rank=rank) for _ in range(2)]
-    for scale in scales:
+def test_weight_equals_the_oracle_at_any_scale(backend, rng, dtype, scales, rule, expected, solver):
+    for rank, scale in product([None, 5], scales):
         if scale < 1e-15 and dtype == "float32" and backend.module == "jax.numpy":
             continue
         predictor = dp.DirectPred(DIM, rule=rule, solver=solver)
-        batches = [[(scale * z).astype(dtype)] for z in base]
+        batches = [[(scale * features(rng, rank=rank)).astype(dtype)] for _ in range(2)]
         for (z,) in batches:
             weight = predictor.update(backend.array(z, dtype))
         error = relative_error(weight, oracle.weight(batches, 0.3, expected))
-        assert error <= bound(scale, dtype, solver), (scale, error)
+        assert error <= bound(scale, dtype, solver), (rank, scale, error)
 
 
 @pytest.mark.parametrize("solver", ["eigh", "matmul"])
 @pytest.mark.parametrize("rule", [rule for rule, _ in RULES], ids=str)
-@pytest.mark.parametrize("scale", [1e-45, 1e-30, 1e-22, 1e-20, 1e-19])
-def test_features_that_are_too_small_count_as_zero(backend, rng, solver, rule, scale):
-    predictor = dp.DirectPred(DIM, rule=rule, solver=solver)
-    for rows in (1, 7, 100):
-        z = (scale * features(rng, rows)).astype("float32")
-        assert np.isfinite(to_numpy(predictor.update(backend.array(z, "float32")))).all()
+def test_features_that_are_too_small_count_as_zero(backend, rng, solver, rule):
+    for scale in (1e-45, 1e-30, 1e-22, 1e-20, 1e-19):
+        predictor = dp.DirectPred(DIM, rule=rule, solver=solver)
+        for rows in (1, 100):
+            z = (scale * features(rng, rows)).astype("float32")
+            weight = to_numpy(predictor.update(backend.array(z, "float32")))
+            assert np.isfinite(weight).all(), (scale, rows)
 
 
 @pytest.mark.parametrize("solver", ["eigh", "matmul"])
 def test_large_features_of_many_rows_do_not_overflow(backend, rng, solver):
     """Σ z zᵀ would, beyond 340 rows of 1e18; over micro-batches too."""
     rule, expected = RULES[1]
-    predictor = dp.DirectPred(4, rule=rule, solver=solver)
-    z = (1e18 * features(rng, 5000, 4)).astype("float32")
+    predictor = dp.DirectPred(DIM, rule=rule, solver=solver)
+    z = (1e18 * features(rng, 5000)).astype("float32")
     for _ in range(40):
         predictor.accumulate(backend.array(z, "float32"))
     exact = exact_weight(z, expected)
@@ -110,7 +108,7 @@ def test_a_million_rows_do_not_overflow():
 def test_half_precision_features_never_overflow(backend, rng, dtype, largest):
     if not hasattr(backend.library, dtype):
         pytest.skip(f"{backend.module} has no {dtype}")
-    signs = backend.array(largest * np.sign(features(rng, 20_000, 8)), "float32")
+    signs = backend.array(largest * np.sign(features(rng, 10_000, 8)), "float32")
     z = array_namespace(signs).astype(signs, getattr(backend.library, dtype))
     wide = to_numpy(array_namespace(z).astype(z, signs.dtype))
     weight = dp.DirectPred(8, rule=dp.DirectSet()).update(z)
@@ -119,12 +117,12 @@ def test_half_precision_features_never_overflow(backend, rng, dtype, largest):
 
 
 @pytest.mark.parametrize("nonfinite", ["raise", "skip"])
-@pytest.mark.parametrize("scale", [1e20, 1e25, 1e38])
+@pytest.mark.parametrize("scale", [1e20, 1e38])
 def test_a_correlation_beyond_float32_never_enters(backend, rng, scale, nonfinite):
-    predictor = dp.DirectPred(4, nonfinite=nonfinite)
-    predictor.update(backend.array(features(rng, 50, 4), "float32"))
+    predictor = dp.DirectPred(DIM, nonfinite=nonfinite)
+    predictor.update(backend.array(features(rng), "float32"))
     before = copy.deepcopy(predictor.state_dict())
-    z = backend.array(np.sign(features(rng, 50, 4)) * scale, "float32")
+    z = backend.array(np.sign(features(rng)) * scale, "float32")
     if nonfinite == "raise":
         with pytest.raises(ValueError, match="the correlation of the features overflows"):
             predictor.update(z)
@@ -136,21 +134,19 @@ def test_a_correlation_beyond_float32_never_enters(backend, rng, scale, nonfinit
 
 
 @pytest.mark.parametrize("solver", ["eigh", "matmul"])
-@pytest.mark.parametrize("mean", [0.1, 1.0, 30.0, 1e4])
-@pytest.mark.parametrize("spread", [0.0, 1e-3, 1.0])
-def test_the_centred_correlation_of_collapsed_features_is_finite(
-    backend, rng, solver, mean, spread
-):
+def test_the_centred_correlation_of_collapsed_features_is_finite(backend, rng, solver):
     """F̂ − m mᵀ is then a difference of rounding errors, of either sign; off by √ε ‖m‖ at most."""
-    z = mean * rng.uniform(0.5, 1.5, DIM) + spread * rng.normal(size=(256, DIM))
-    predictor = dp.DirectPred(DIM, rule=dp.DirectSet(), center=True, solver=solver)
-    with np.errstate(over="ignore", invalid="ignore"):
-        for _ in range(3):
-            weight = to_numpy(predictor.update(backend.array(z, "float32")))
-    s, u = np.linalg.eigh(np.cov(z.T, bias=True))
-    exact = (u * (np.sqrt(np.maximum(s, 0)) + 0.1 * np.sqrt(s[-1]))) @ u.T
-    error = np.linalg.norm(weight - exact, 2)
-    assert error <= 2e-3 * np.linalg.norm(exact, 2) + 4e-3 * mean * DIM**0.5
+    for mean, spread in product([0.1, 1.0, 30.0, 1e4], [0.0, 1e-3, 1.0]):
+        z = mean * rng.uniform(0.5, 1.5, DIM) + spread * rng.normal(size=(100, DIM))
+        predictor = dp.DirectPred(DIM, rule=dp.DirectSet(), center=True, solver=solver)
+        with np.errstate(over="ignore", invalid="ignore"):
+            for _ in range(3):
+                weight = to_numpy(predictor.update(backend.array(z, "float32")))
+        s, u = np.linalg.eigh(np.cov(z.T, bias=True))
+        exact = (u * (np.sqrt(np.maximum(s, 0)) + 0.1 * np.sqrt(s[-1]))) @ u.T
+        error = np.linalg.norm(weight - exact, 2)
+        off = 2e-3 * np.linalg.norm(exact, 2) + 4e-3 * mean * DIM**0.5
+        assert error <= off, (mean, spread, error)
 
 
 @pytest.mark.parametrize("solver", ["eigh", "matmul"])

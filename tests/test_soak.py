@@ -20,7 +20,7 @@ def bench(monkeypatch):
 @pytest.mark.parametrize(
     ("library", "dim", "rho", "rule", "solver", "freq", "updates"),
     [
-        ("numpy", 32, 0.99, "DirectSet", "eigh", 10, 10_000),
+        ("numpy", 32, 0.99, "DirectSet", "eigh", 10, 6_000),
         ("numpy", 32, 0.3, "Eq18", "matmul", 1, 2_000),
         ("torch", 32, 0.3, "DirectSet", "eigh", 1, 1_000),
         ("numpy", 256, 0.99, "DirectSet", "eigh", 10, 400),
@@ -36,10 +36,17 @@ def test_hostile_features_for_long(bench, library, dim, rho, rule, solver, freq,
         assert getattr(worst, name) <= getattr(bench.BOUNDS, name), name
 
 
-def test_the_report_has_a_line_a_run(bench):
-    run = bench.Run("numpy", 4, 2, 0.3, "Eq18", "eigh", 1, 50, 1)
-    text = bench.markdown([(run, bench.soak(run))])
-    assert "| numpy, dim 4, Eq18, eigh, ρ = 0.3, freq = 1 |" in text
+def test_the_report_has_a_line_a_run(bench, monkeypatch, tmp_path):
+    runs = [bench.Run("numpy", 4, 2, 0.3, "Eq18", "eigh", freq, 100, 1) for freq in (1, 2)]
+    monkeypatch.setattr(bench, "RUNS", runs)
+    out = tmp_path / "soak.md"
+    options = ["--share", "0.5", "--workers", "2", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["soak.py", *options])
+    assert bench.main() == 0
+    lines = [line.split("|") for line in out.read_text().splitlines() if "| numpy" in line]
+    assert [(line[1].strip(), line[2].strip()) for line in lines] == [
+        (f"numpy, dim 4, Eq18, eigh, ρ = 0.3, freq = {freq}", "50") for freq in (1, 2)
+    ]
 
 
 def test_a_wrong_weight_is_seen(bench, monkeypatch):

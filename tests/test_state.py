@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import directpred as dp
-from conftest import BACKENDS
+from backends import BACKENDS
 from directpred import state as core
 from directpred.correlation import UNIT, Moments
 from directpred.state import to_numpy
@@ -97,17 +97,55 @@ def test_a_state_loads_into_another_dtype_and_library(backend, rng, dtype, to):
         )
 
 
-def test_a_state_that_does_not_fit_the_dtype_in_use_is_named(backend, rng):
-    wide, narrow = dp.DirectPred(DIM), dp.DirectPred(DIM)
-    wide.update(1e30 * rng.normal(size=(30, DIM)))
+def wide_state(rng, open_step=False):
+    """Finite in float64, and beyond float32."""
+    wide, z = dp.DirectPred(DIM), rng.normal(size=(30, DIM))
+    wide.update(z if open_step else 1e30 * z)
+    if open_step:
+        wide.accumulate(1e30 * z)
+    return wide.state_dict()
+
+
+TOO_WIDE = r"(correlation|outer) must fit .*float32, got up to \d.*e\+"
+
+
+@pytest.mark.parametrize("open_step", [False, True])
+def test_a_state_that_does_not_fit_the_dtype_in_use_is_named(backend, rng, open_step):
+    narrow = dp.DirectPred(DIM)
     narrow.update(backend.array(rng.normal(size=(30, DIM)), "float32"))
     before = narrow.state_dict()
-    with (
-        np.errstate(over="ignore"),
-        pytest.raises(ValueError, match=r"correlation must fit .*float32, got up to \d.*e\+"),
-    ):
-        narrow.load_state_dict(wide.state_dict())
+    with pytest.raises(ValueError, match=TOO_WIDE):
+        narrow.load_state_dict(wide_state(rng, open_step))
     same(before, narrow.state_dict())
+
+
+@pytest.mark.parametrize("open_step", [False, True])
+def test_a_head_does_not_take_a_state_beyond_its_dtype(rng, open_step):
+    torch = pytest.importorskip("torch")
+    head = pytest.importorskip("directpred.torch").DirectPredHead(DIM)
+    head(torch.randn(9, DIM))
+    before = {name: x.clone() for name, x in head.state_dict().items()}
+    entries = {name: torch.as_tensor(x) for name, x in wide_state(rng, open_step).items()}
+    with pytest.raises(RuntimeError, match=f"DirectPredHead: {TOO_WIDE}"):
+        head.load_state_dict(entries)
+    same(before, head.state_dict())
+    head.double().load_state_dict(entries)
+    same(entries, head.state_dict())
+
+
+def test_jax_does_not_take_a_state_beyond_its_dtype(rng):
+    """Nor does an eager predictor that waits for its first array, which has no float64 there."""
+    jnp = pytest.importorskip("jax.numpy")
+    dpj = pytest.importorskip("directpred.jax")
+    entries = wide_state(rng)
+    with pytest.raises(ValueError, match=TOO_WIDE):
+        dpj.load_state_dict(dpj.init(DIM), entries)
+    waiting = dp.DirectPred(DIM)
+    waiting.load_state_dict(entries)
+    for call in (waiting, waiting.update, waiting.accumulate):
+        with pytest.raises(ValueError, match=TOO_WIDE):
+            call(jnp.ones((2, DIM)))
+    same(entries, waiting.state_dict())
 
 
 @pytest.mark.parametrize("numbers", [int, np.asarray])
