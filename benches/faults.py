@@ -466,7 +466,7 @@ class Spoiled:
             z[0, 0] = torch.nan
             return z
         if self.what == "overflow":
-            return z + 1e19 * torch.nn.functional.normalize(z).detach()
+            return z + 1e20 * torch.nn.functional.normalize(z).detach()
         return None
 
     def untouched(self, step: int) -> bool:
