@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_spectrum import RULES
+from test_spectrum import RULES, named
 
 import directpred as dp
 import oracle
@@ -28,7 +28,7 @@ def spectra(rng, dim):
 
 @pytest.mark.parametrize("dim", [1, 2, 128])
 @pytest.mark.parametrize(("dtype", "bound"), [("float64", 1e-10), ("float32", 1e-5)])
-@pytest.mark.parametrize(("rule", "expected"), RULES[:2] + RULES[5:8], ids=str)
+@pytest.mark.parametrize(("rule", "expected"), RULES[:2] + RULES[5:8], ids=named)
 def test_eigh_equals_the_oracle(backend, dim, dtype, bound, rule, expected, rng):
     for name, s in spectra(rng, dim).items():
         u = random_basis(rng, dim)
@@ -64,7 +64,7 @@ BY_MATMUL = [
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [("float64", 2e-7), ("float32", 1e-3)])
-@pytest.mark.parametrize(("rule", "expected"), BY_MATMUL, ids=str)
+@pytest.mark.parametrize(("rule", "expected"), BY_MATMUL, ids=named)
 def test_matmul_is_within_its_bound_for_any_spectrum(backend, dtype, bound, rule, expected, rng):
     for dim in (1, 2, 50):
         more = {
@@ -78,7 +78,7 @@ def test_matmul_is_within_its_bound_for_any_spectrum(backend, dtype, bound, rule
             check(backend, SOLVERS["matmul"], correlation, rule, exact, dtype, bound, name)
 
 
-@pytest.mark.parametrize(("rule", "expected"), BY_MATMUL, ids=str)
+@pytest.mark.parametrize(("rule", "expected"), BY_MATMUL, ids=named)
 @settings(max_examples=8)
 @given(data=st.data())
 def test_matmul_in_float32_for_drawn_spectra(rule, expected, data):
@@ -93,7 +93,7 @@ def test_matmul_in_float32_for_drawn_spectra(rule, expected, data):
     assert spectral_norm(weight - exact) <= 1e-3 * spectral_norm(exact)
 
 
-@pytest.mark.parametrize(("rule", "expected"), [BY_MATMUL[0], BY_MATMUL[6]], ids=str)
+@pytest.mark.parametrize(("rule", "expected"), [BY_MATMUL[0], BY_MATMUL[6]], ids=named)
 def test_matmul_in_float32_at_dim_1024(rule, expected, rng):
     u = random_basis(rng, 1024)
     drawn = spectra(rng, 1024)
