@@ -150,6 +150,15 @@ def test_the_centred_correlation_of_collapsed_features_is_finite(backend, rng, s
 
 
 @pytest.mark.parametrize("solver", ["eigh", "matmul"])
+@pytest.mark.parametrize("rule", [rule for rule, _ in RULES], ids=str)
+def test_the_centred_correlation_of_large_rows_that_are_all_the_same(backend, rule, solver):
+    """Its diagonal may be 0 or less, and what is beside it 1e22."""
+    z = np.tile(np.float32([3.4558421e14, 8.2161812e14, 3.3043707e14]), (9, 1))
+    predictor = dp.DirectPred(3, rule=rule, rho=0.0, center=True, solver=solver)
+    assert np.isfinite(to_numpy(predictor.update(backend.array(z, "float32")))).all()
+
+
+@pytest.mark.parametrize("solver", ["eigh", "matmul"])
 def test_where_values_are_unknown_a_weight_that_overflows_is_skipped(rng, solver):
     """The correlation of these rows fits float32, its norm does not."""
     xp = pytest.importorskip("array_api_strict")
