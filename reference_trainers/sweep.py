@@ -79,7 +79,7 @@ def sweep(
     except KeyboardInterrupt as interrupt:
         signal = number_of(interrupt)
     if runs.finished:
-        plot_grids(swept.panels(), swept.about(), directory / "sweep.png")
+        plot_grids(swept.panels(), swept.about(*grids), directory / "sweep.png")
         for grid in grids:
             console.print(swept.table(grid))
     count = len(runs.labels)
@@ -163,7 +163,7 @@ class Sweep:
             if floors and column in UNTRAINED
         )
         table = Table(
-            title=f"{grid.title}\n{self.about()}",
+            title=f"{grid.title}\n{self.about(grid)}",
             caption=caption if floors else None,
             box=box.SIMPLE_HEAD,
             pad_edge=False,
@@ -199,10 +199,12 @@ class Sweep:
             for grid in self.grids
         ]
 
-    def about(self) -> str:
-        """Data set, epochs and seeds."""
-        count = len({run.recipe.seed for run in self.runs.ordered()})
-        seeds = "1 seed" if count == 1 else f"mean ± std of {count} seeds"
+    def about(self, *grids: Grid) -> str:
+        """Data set, epochs, and how many seeds the points that have any have."""
+        found = {len(self.found(grid, point)) for grid in grids for point in grid.points()} - {0}
+        least, most = min(found, default=0), max(found, default=0)
+        seeds = f"{most} seeds" if least == most else f"{least} to {most} seeds"
+        seeds = "1 seed" if most == 1 else f"mean ± std of {seeds}"
         epochs = "1 epoch" if self.base.epochs == 1 else f"{self.base.epochs} epochs"
         return f"{self.base.dataset}, {epochs}, {seeds}"
 

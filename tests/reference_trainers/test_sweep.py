@@ -28,6 +28,7 @@ from directpred.reference_trainers.grids import ABLATIONS, Grid, parse
 from directpred.reference_trainers.progress import Progress, open_console
 from directpred.reference_trainers.recipe import Recipe
 from directpred.reference_trainers.runs import Runs
+from directpred.reference_trainers.sweep import Sweep
 from directpred.reference_trainers.train import Machine, Run, fit
 
 Start = Callable[..., subprocess.Popen[str]]
@@ -137,6 +138,20 @@ def test_a_sweep_is_written_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFi
     assert "mine exists already" in capsys.readouterr().err
     assert main(["report", str(directory)]) == 1
     assert "is a sweep" in capsys.readouterr().err
+
+
+def test_a_sweep_that_was_stopped_tells_how_many_seeds_its_points_have(tmp_path: Path) -> None:
+    grid = parse(["weight_decay=0,1,2"])
+    sweep = Sweep(tmp_path, config("digits"), [grid], range(3), False, Machine())
+    for (decay, seed), expected in {
+        (0.0, 0): "1 seed",
+        (0.0, 1): "mean ± std of 2 seeds",
+        (1.0, 0): "mean ± std of 1 to 2 seeds",
+        (1.0, 1): "mean ± std of 2 seeds",
+    }.items():
+        recipe = sweep.recipe(grid, {"weight_decay": decay}, seed)
+        sweep.runs.finished[recipe] = Run(recipe, [{"epoch": 0}], 1.0)
+        assert sweep.about(grid) == f"digits, 30 epochs, {expected}"
 
 
 def test_a_killed_sweep_loses_the_runs_at_work_alone(start: Start, tmp_path: Path) -> None:
