@@ -73,7 +73,7 @@ def save_features(path: Path, /, **splits: Split) -> None:
         arrays[f"{name}_features"] = features.detach().to("cpu", torch.float32).numpy()
         arrays[f"{name}_labels"] = labels.detach().to("cpu", torch.int64).numpy()
     with _whole_file(path) as file:
-        np.savez(file, allow_pickle=False, **arrays)
+        np.savez(file, **arrays)
 
 
 def _describe(encoder: ResNet) -> dict[str, str]:

@@ -107,7 +107,8 @@ class Runs:
     ) -> None:
         self.directory, self.labels, self.machine = directory, labels, machine
         self.changed, self.keep = changed, keep
-        (directory / "runs").mkdir(exist_ok=True)
+        for folder in ("runs", "checkpoints"):
+            (directory / folder).mkdir(exist_ok=True)
         found = ((recipe, self._read(recipe)) for recipe in labels)
         self.finished = {recipe: run for recipe, run in found if run is not None}
         self.failures: dict[Recipe, str] = {}
