@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import safetensors.torch
@@ -66,7 +66,7 @@ def save_features(path: Path, /, **splits: Split) -> None:
         UserError: The file cannot be written.
         ValueError: A split has not as many labels as features.
     """
-    arrays: dict[str, np.ndarray] = {}
+    arrays: dict[str, Any] = {}  # of NumPy; savez has other options of its own
     for name, (features, labels) in splits.items():
         if len(features) != len(labels):
             raise ValueError(f"{name} has {len(features)} features and {len(labels)} labels")
