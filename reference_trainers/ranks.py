@@ -25,7 +25,9 @@ GRACE = 10.0
 
 _WORKER = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (.+)")
 _SOURCE = re.compile(r"^\[\S+\] ")
-_LOST = re.compile(r"gloo|nccl|connection (closed|reset)|timed out|process group", re.IGNORECASE)
+_LOST = re.compile(
+    r"gloo|nccl|connection (closed|reset)|timed out|timeout|process group", re.IGNORECASE
+)
 
 
 def explained(error: Exception) -> Exception:

@@ -55,10 +55,17 @@ def sigterm_interrupts() -> Iterator[None]:
 def deaf_to_signals() -> Iterator[None]:
     """Have the processes that are started meanwhile leave the signals to this one.
 
-    A terminal sends Ctrl-C, and a batch system may send SIGTERM, to every process of a command.
+    A terminal sends Ctrl-C, and a batch system may send SIGTERM, to every process of a command. The
+    processes inherit that the two are blocked; this one has them after, should one come meanwhile.
     """
-    with _handled(signal.SIG_IGN):
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager
