@@ -19,7 +19,11 @@ def start() -> Start:
     """Starts the command in a process group of its own, as a terminal does."""
 
     def start(*arguments: str | Path) -> subprocess.Popen[str]:
-        code = "import sys; from directpred.reference_trainers.cli import main; sys.exit(main())"
+        # A shell has its background jobs ignore Ctrl-C, and so would these, were pytest one.
+        code = (
+            "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+            "from directpred.reference_trainers.cli import main; sys.exit(main())"
+        )
         return subprocess.Popen(
             [sys.executable, "-c", code, *map(str, arguments)],
             stdout=subprocess.PIPE,

@@ -341,8 +341,12 @@ def test_a_signal_that_comes_while_processes_start_is_not_lost() -> None:
             signal.raise_signal(signal.SIGINT)
             blocked = subprocess.run([sys.executable, "-c", code], capture_output=True).stdout
 
-    with pytest.raises(KeyboardInterrupt):
-        start()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            start()
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert {b"SIGINT", b"SIGTERM"} <= set(re.findall(rb"SIG\w+", blocked))
 
 
