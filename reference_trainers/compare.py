@@ -12,7 +12,6 @@ from rich import box
 from rich.table import Table
 
 from . import records
-from .errors import Interrupted, UserError, number_of
 from .monitor import Measurement
 from .plot import plot
 from .progress import Progress, open_console
@@ -69,15 +68,11 @@ def compare(
         with Progress(console, total=runs.epochs_left()) as progress:
             runs.run(progress, workers)
     except KeyboardInterrupt as interrupt:
-        done = f"{len(runs.finished)} of {len(recipes)} runs"
-        stopped = f"stopped; {done} are in {directory}"
-        raise Interrupted(stopped, number_of(interrupt)) from None
+        raise runs.stopped(interrupt) from None
     if runs.finished:
         plot(runs.ordered(), directory / "compare.png")
         console.print(comparison.table())
-    console.print(f"{runs.seconds():.0f} s; written to {directory}", soft_wrap=True)
-    if runs.failures:
-        raise UserError(f"{len(runs.failures)} of {len(recipes)} runs failed, see above")
+    runs.conclude(console)
 
 
 class Comparison:

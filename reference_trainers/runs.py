@@ -17,9 +17,11 @@ from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from . import checkpoint, records
 from .datasets import Dataset, load
-from .errors import UsageError, UserError
+from .errors import Interrupted, UsageError, UserError, number_of
 from .progress import Progress, one_line
 from .recipe import Recipe
 from .signals import deaf_to_signals
@@ -185,6 +187,25 @@ class Runs:
     def told_failures(self) -> dict[str, str]:
         """Why runs failed, by what they are called."""
         return {self.title(recipe): reason for recipe, reason in self.failures.items()}
+
+    def stopped(self, interrupt: KeyboardInterrupt) -> Interrupted:
+        """What an interrupt ends the command with: how much is done, and how it goes on."""
+        return Interrupted(
+            f"stopped; {len(self.finished)} of {len(self.labels)} runs are in {self.directory}; "
+            f"the same command with --name {self.directory.name} goes on",
+            number_of(interrupt),
+        )
+
+    def conclude(self, console: Console) -> None:
+        """Say where the runs are.
+
+        Raises:
+            UserError: Some failed.
+        """
+        console.print(f"{self.seconds():.0f} s; written to {self.directory}", soft_wrap=True)
+        if self.failures:
+            failed = f"{len(self.failures)} of {len(self.labels)} runs failed"
+            raise UserError(f"{failed}, see above")
 
     def seconds(self) -> float:
         """Seconds since the start, or since it went on."""

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from . import records
 from .compare import cell, statistics
-from .errors import Interrupted, UserError, number_of
+from .errors import Interrupted
 from .grids import Grid
 from .monitor import Measurement
 from .plot import LEADING, Panels, plot_grids, spelled
@@ -72,26 +72,19 @@ def sweep(
     directory = open_directory(out, name, "sweep", base)
     swept = Sweep(directory, base, grids, range(seeds), keep, machine)
     runs, console = swept.runs, open_console()
-    signal = None
+    stopped: Interrupted | None = None
     try:
         with Progress(console, total=runs.epochs_left()) as progress:
             runs.run(progress, workers)
     except KeyboardInterrupt as interrupt:
-        signal = number_of(interrupt)
+        stopped = runs.stopped(interrupt)
     if runs.finished:
         plot_grids(swept.panels(), swept.about(*grids), directory / "sweep.png")
         for grid in grids:
             console.print(swept.table(grid))
-    count = len(runs.labels)
-    if signal is not None:
-        raise Interrupted(
-            f"stopped; {len(runs.finished)} of {count} runs are in {directory}; "
-            f"the same command with --name {directory.name} goes on",
-            signal,
-        )
-    console.print(f"{runs.seconds():.0f} s; written to {directory}", soft_wrap=True)
-    if runs.failures:
-        raise UserError(f"{len(runs.failures)} of {count} runs failed, see above")
+    if stopped is not None:
+        raise stopped
+    runs.conclude(console)
 
 
 class Sweep:

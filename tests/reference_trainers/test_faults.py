@@ -327,8 +327,8 @@ def test_sigterm_ends_a_comparison(
 
     monkeypatch.setattr(Runs, "run", run)
     assert main(["compare", "--seeds", "1", "--out", str(tmp_path), "--name", "it"]) == 143
-    told = f"directpred: stopped; 0 of 7 runs are in {tmp_path / 'it'}\n"
-    assert capsys.readouterr().err == told
+    told = f"directpred: stopped; 0 of 7 runs are in {tmp_path / 'it'}; the same command with "
+    assert capsys.readouterr().err == told + "--name it goes on\n"
 
 
 def test_a_signal_that_comes_while_processes_start_is_not_lost() -> None:
