@@ -16,9 +16,9 @@ from typing import Any, NoReturn
 
 from .errors import Interrupted, UsageError, UserError, number_of
 from .grids import ABLATIONS, Grid, parse
-from .knobs import CLAIMS, KNOBS
 from .recipe import COMPARED, PREDICTORS, Recipe, descriptions
 from .signals import sigterm_interrupts
+from .theory.knobs import CLAIMS, KNOBS
 
 _CONFIGS = Path(__file__).parent / "configs"
 _TRAIN_EXTRA = {
@@ -353,7 +353,7 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _dynamics(options: argparse.Namespace) -> None:
-    from .theory import dynamics
+    from .theory.command import dynamics
 
     knobs = {name: value for name, value in vars(options).items() if name in KNOBS}
     dynamics(options.claim, knobs, options.out, options.name)

@@ -18,10 +18,11 @@ import sympy
 import torch
 
 from directpred import DirectPred, Eq18
-from directpred.reference_trainers import dynamics as dyn
-from directpred.reference_trainers import knobs, theory
 from directpred.reference_trainers.cli import main
-from directpred.reference_trainers.theorems import Finding
+from directpred.reference_trainers.errors import UserError
+from directpred.reference_trainers.theory import command, knobs
+from directpred.reference_trainers.theory import equations as dyn
+from directpred.reference_trainers.theory.claim import Finding
 
 SMALL = {"alpha_p": 1.7, "sigma2": 0.3, "eta": 0.07, "tau": 0.8}
 
@@ -236,7 +237,7 @@ def test_integrate_keeps_shapes_and_solves() -> None:
     decaying, number = dyn.integrate(lambda x, y: (-x, 2 * y), (A, np.array(1.0)), times)
     np.testing.assert_allclose(decaying, A * np.exp(-times)[:, None, None], rtol=1e-7)
     np.testing.assert_allclose(number, np.exp(2 * times), rtol=1e-7)
-    with pytest.raises(theory.UserError, match="cannot be integrated to t = 2"):
+    with pytest.raises(UserError, match="cannot be integrated to t = 2"):
         dyn.integrate(lambda x: (x**2,), (np.array(1.0),), times)  # infinite at t = 1
 
 
@@ -303,7 +304,7 @@ def test_theorem_2_collapses_at_the_least_eigenvalue(measured, points) -> None:
     ends = {}
     for point in points:
         if point["claim"] == "theorem2" and point["panel"] == "1" and point["kind"] == "measured":
-            ends[point["curve"]] = float(point["y"])
+            ends[point["label"]] = float(point["y"])
     assert ends["with both"] > 0.5
     assert ends["no predictor"] < 1e-5
     assert ends["no stop-gradient"] < 1e-10
@@ -312,7 +313,7 @@ def test_theorem_2_collapses_at_the_least_eigenvalue(measured, points) -> None:
         [
             [float(point["x"]), float(point["y"])]
             for point in points
-            if (point["claim"], point["panel"], point["curve"]) == ("theorem2", "1", "no predictor")
+            if (point["claim"], point["panel"], point["label"]) == ("theorem2", "1", "no predictor")
         ]
     ).T
     late = x > 40
@@ -362,7 +363,7 @@ def test_ema_shares_the_border_from_one_and_widens_the_basin_below(measured, poi
     borders: dict[str, dict[float, float]] = {}
     for point in points:
         if (point["claim"], point["panel"], point["kind"]) == ("ema", "1", "measured"):
-            borders.setdefault(point["curve"], {})[float(point["x"])] = float(point["y"])
+            borders.setdefault(point["label"], {})[float(point["x"])] = float(point["y"])
     slow, middle, fast = borders.values()
     for border in (slow, middle, fast):
         assert border[1.0] == pytest.approx(p_minus, rel=1e-4)
@@ -470,8 +471,8 @@ def test_mistakes(
 
 
 def test_the_command_line_knows_the_claims_and_their_knobs() -> None:
-    assert tuple(theory.CLAIMS) == knobs.CLAIMS
-    assert set().union(*map(theory.knobs_of, theory.CLAIMS)) == set(knobs.KNOBS)
+    assert tuple(command.CLAIMS) == knobs.CLAIMS
+    assert set().union(*map(command.knobs_of, command.CLAIMS)) == set(knobs.KNOBS)
 
 
 @pytest.mark.parametrize(

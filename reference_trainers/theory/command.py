@@ -8,26 +8,28 @@ import io
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import LinearSegmentedColormap
-from matplotlib.figure import Figure
 from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from . import records
-from .basins import collapse, directpred, ema, fixed_points
-from .errors import UsageError, UserError
-from .plot import STYLE
-from .progress import open_console
-from .theorems import Finding, Panel, Result, simulate, theorem1, theorem2, theorem3
+from .. import records
+from ..errors import UsageError, UserError
+from ..progress import open_console
+from .claim import Finding, Panel, Result
+from .collapse import collapse
+from .directpred import directpred
+from .draw import draw, overview
+from .ema import ema
+from .fixed_points import fixed_points
+from .simulate import simulate
+from .theorem1 import theorem1
+from .theorem2 import theorem2
+from .theorem3 import theorem3
 
 CLAIMS: dict[str, Callable[..., Result]] = {
     "simulate": simulate,
@@ -40,11 +42,6 @@ CLAIMS: dict[str, Callable[..., Result]] = {
     "directpred": directpred,
 }
 """By the names that the command takes."""
-
-# Okabe and Ito's palette, as in `plot`; what is predicted is black and dashed.
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#56B4E9", "#E69F00", "#8FCBB5")
-PREDICTED = "#111111"
-SHADES = LinearSegmentedColormap.from_list("collapse", ["#F0C9AE", "#FBF6F2", "#C9E0EF", "#7FB8DB"])
 
 
 def dynamics(claim: str | None, knobs: Mapping[str, Any], out: Path, name: str | None) -> None:
@@ -121,76 +118,13 @@ def _number(value: float) -> str:
     return "∞" if value == math.inf else f"{value:.4g}"
 
 
-def draw(result: Result, path: Path) -> None:
-    """Draw the panels of a claim, three in a row at most.
-
-    Args:
-        result: Of the claim.
-        path: The PNG to write.
-    """
-    count = len(result.panels)
-    _figure(result.panels, count if count <= 3 else math.ceil(count / 2), path, width=4.6)
-
-
-def overview(results: Sequence[Result], path: Path) -> None:
-    """Draw the first panel of every claim, four in a row.
-
-    Args:
-        results: Of the claims.
-        path: The PNG to write.
-    """
-    _figure([result.panels[0] for result in results], 4, path, width=3.7)
-
-
-def _figure(panels: Sequence[Panel], columns: int, path: Path, width: float) -> None:
-    rows = math.ceil(len(panels) / columns)
-    with matplotlib.rc_context(STYLE):
-        # Not by pyplot, which would look for a display and keep the figure.
-        figure = Figure(
-            figsize=(width * columns, 0.8 * width * rows), dpi=150, layout="constrained"
-        )
-        FigureCanvasAgg(figure)
-        places: Any = figure.subplots(rows, columns, squeeze=False)
-        for axes, panel in zip(places.flat, panels, strict=True):
-            _panel(axes, panel)
-        figure.savefig(path)
-
-
-def _panel(axes: Axes, panel: Panel) -> None:
-    axes.set_title(panel.title)
-    axes.set_xlabel(panel.x)
-    axes.set_ylabel(panel.y)
-    if panel.cells:
-        cells = panel.cells
-        axes.pcolormesh(cells.x, cells.y, cells.values, cmap=SHADES, shading="nearest")
-        axes.grid(visible=False)
-    # What is predicted comes last, in the drawing and in the legend.
-    for curve in sorted(panel.curves, key=lambda curve: curve.predicted):
-        style: dict[str, Any] = {"color": PALETTE[curve.colour]}
-        if curve.predicted:
-            style = {"color": PREDICTED, "linestyle": (0, (4, 3)), "linewidth": 1.1}
-        elif curve.dots:
-            style |= {"marker": "o", "markersize": 4, "linestyle": "none"}
-        elif curve.y.ndim > 1:
-            style |= {"linewidth": 1.1}
-        first, *_ = axes.plot(curve.x, curve.y, **style)
-        first.set_label(curve.label or "_")
-    axes.set_xscale("log" if "x" in panel.log else "linear")
-    axes.set_yscale("log" if "y" in panel.log else "linear")
-    axes.set(xlim=panel.xlim, ylim=panel.ylim)
-    for x, y, text in panel.texts:
-        axes.text(x, y, text, color="#333333", fontsize=10)
-    loc: Any = panel.legend
-    axes.legend(loc=loc, framealpha=0.85, edgecolor="none", fontsize=7.5)
-
-
 def _write(
     directory: Path, knobs: Mapping[str, Any], results: Mapping[str, Result], seconds: float
 ) -> None:
     """Write summary.json, and dynamics.csv with every point of every curve and cell."""
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
-    rows.writerow(["claim", "panel", "curve", "kind", "index", "x", "y", "value"])
+    rows.writerow(["claim", "panel", "curve", "label", "kind", "index", "x", "y", "value"])
     for name, result in results.items():
         for number, panel in enumerate(result.panels, 1):
             rows.writerows([name, number, *point] for point in _points(panel))
@@ -214,15 +148,15 @@ def _write(
 
 
 def _points(panel: Panel) -> Iterator[list[object]]:
-    """Curve, kind, index of the line in it, x, y; and value for the cells of a phase diagram."""
-    for number, curve in enumerate(panel.curves):
-        about = curve.label or number, "predicted" if curve.predicted else "measured"
+    """Curve, label, kind, index of the line in it, x, y; and the value of a cell."""
+    for number, curve in enumerate(panel.curves, 1):
+        about = number, curve.label, "predicted" if curve.predicted else "measured"
         for (row, *index), y in np.ndenumerate(curve.y):
             yield [*about, *(index or [0]), f"{curve.x[row]:.7g}", f"{y:.7g}", ""]
     if panel.cells:
         for (row, column), value in np.ndenumerate(panel.cells.values):
             place = panel.cells.x[column], panel.cells.y[row]
-            yield ["cells", "measured", 0, *(f"{x:.7g}" for x in (*place, value))]
+            yield [0, "cells", "measured", 0, *(f"{x:.7g}" for x in (*place, value))]
 
 
 def _entry(finding: Finding) -> dict[str, Any]:

@@ -46,7 +46,7 @@ from scipy.integrate import solve_ivp
 from directpred.solvers import eigh
 from directpred.spectrum import Eq18, Rule
 
-from .errors import UserError
+from ..errors import UserError
 
 Array = NDArray[np.floating[Any]]
 Number = float | Array
@@ -55,7 +55,7 @@ Number = float | Array
 
 def integrate(
     flow: Callable[..., Sequence[Array]],
-    start: Sequence[Array],
+    start: Sequence[Number],
     times: Array,
     *,
     method: str = "DOP853",
@@ -66,7 +66,7 @@ def integrate(
 
     Args:
         flow: From the arrays of the state to their derivatives.
-        start: The state at ``times[0]``, arrays of any shapes.
+        start: The state at ``times[0]``, numbers or arrays of any shapes.
         times: Where to tell the state, (t,), ascending.
         method: Of `solve_ivp`; LSODA where scales of time differ much.
         rtol: Relative tolerance.
@@ -85,7 +85,7 @@ def integrate(
         parts = np.split(y, ends)
         return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
 
-    def pack(arrays: Sequence[Array]) -> Array:
+    def pack(arrays: Sequence[Number]) -> Array:
         return np.concatenate([np.ravel(x) for x in arrays])
 
     solved = solve_ivp(
