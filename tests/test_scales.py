@@ -86,6 +86,24 @@ def test_features_that_are_too_small_count_as_zero(backend, rng, solver, rule):
             assert np.isfinite(weight).all(), (scale, rows)
 
 
+def test_rounding_does_not_make_a_direction(backend, rng):
+    """Four rows span four; eigenvalues that only rounding has made are 0 to eigh.
+
+    By themselves their roots would be an error of 3e-3 and more.
+    """
+    rule, root = dp.Eq18(0.0), lambda s: oracle.eq18(s, 0.0)
+    z = rng.normal(size=(4, 64)).astype("float32")
+    if backend.module != "jax.numpy":  # which flushes these squares to 0
+        small = np.float32(1e-19) * z
+        weight = dp.DirectPred(64, rule=rule, solver="eigh").update(backend.array(small, "float32"))
+        assert relative_error(weight, exact_weight(small, root)) <= 2e-4
+    apart = 10 * rng.normal(size=64).astype("float32") + z
+    predictor = dp.DirectPred(64, rule=rule, solver="eigh", center=True)
+    weight = predictor.update(backend.array(apart, "float32"))
+    wide = apart.astype(np.float64)
+    assert relative_error(weight, exact_weight(wide - wide.mean(0), root)) <= 2e-4
+
+
 @pytest.mark.parametrize("solver", ["eigh", "matmul"])
 def test_large_features_of_many_rows_do_not_overflow(backend, rng, solver):
     """Σ z zᵀ would, beyond 340 rows of 1e18; over micro-batches too."""
