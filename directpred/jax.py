@@ -87,7 +87,8 @@ def init(
         rule: Spectral rule, one of `directpred.spectrum` or any hashable callable s -> p.
         rho: Weight of the old correlation in the moving average, in [0, 1).
         freq: Set the weight every freq-th update.
-        center: Whether the weight comes from the centred correlation.
+        center: Whether the weight comes from the centred correlation; its precision is that of
+            `directpred.DirectPred`.
         solver: As `directpred.DirectPred`.
         dtype: Of statistics and weight, float32, or float64 where JAX is set to have it.
 

@@ -75,7 +75,8 @@ class DirectPredHead(nn.Module):
         freq: Set the weight every freq-th step.
         between: What happens to the weight from one setting to the next: "hold" it (it is a buffer
             and the head has no parameters), or "train" it (it is a parameter, for an optimizer).
-        center: Whether the weight comes from the centred correlation.
+        center: Whether the weight comes from the centred correlation; its precision is that of
+            `directpred.DirectPred`.
         solver: As `directpred.DirectPred`.
         nonfinite: "skip" a step with features that are not finite and count it in `skipped`, which
             on a GPU needs no synchronisation with the host; or "raise" a `ValueError` in the

@@ -105,6 +105,20 @@ def test_rounding_does_not_make_a_direction(backend, rng):
 
 
 @pytest.mark.parametrize("solver", ["eigh", "matmul"])
+@pytest.mark.parametrize(("distance", "error"), [(0, 2e-3), (1, 4e-3), (10, 2e-2), (100, 0.3)])
+@pytest.mark.parametrize("rows", [5, 64, 512])
+def test_a_far_mean_costs_the_precision_that_is_documented(
+    backend, rng, rows, distance, error, solver
+):
+    z = (distance * rng.normal(size=64) + rng.normal(size=(rows, 64))).astype("float32")
+    predictor = dp.DirectPred(64, rule=dp.Eq18(0.0), solver=solver, center=True)
+    weight = predictor.update(backend.array(z, "float32"))
+    wide = z.astype(np.float64)
+    exact = exact_weight(wide - wide.mean(0), lambda s: oracle.eq18(s, 0.0))
+    assert relative_error(weight, exact) <= error
+
+
+@pytest.mark.parametrize("solver", ["eigh", "matmul"])
 def test_large_features_of_many_rows_do_not_overflow(backend, rng, solver):
     """Σ z zᵀ would, beyond 340 rows of 1e18; over micro-batches too."""
     rule, expected = RULES[1]
