@@ -347,7 +347,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
-    from .report import report
+    from .report.command import report
 
     report(options.runs, options.out)
 

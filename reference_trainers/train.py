@@ -30,9 +30,9 @@ from .monitor import Measurement, Monitor
 from .progress import Progress, one_line, open_console
 from .ranks import TIMEOUT, deaths_explained, watched, without_signal_handlers
 from .recipe import Recipe
-from .report import save_views
 from .siamese import Siamese
 from .signals import stop_on_signals
+from .thumbnails import save_views
 from .views import build_views
 
 VIEWS = "views.png"

@@ -26,11 +26,14 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from directpred.reference_trainers import report as module
 from directpred.reference_trainers.cli import main
 from directpred.reference_trainers.errors import UserError
 from directpred.reference_trainers.recipe import Recipe
-from directpred.reference_trainers.report import read, report, save_views
+from directpred.reference_trainers.report import command, curves, eigenspaces
+from directpred.reference_trainers.report import page as html
+from directpred.reference_trainers.report.command import report
+from directpred.reference_trainers.report.directory import HEADER, read
+from directpred.reference_trainers.thumbnails import save_views
 
 SCALARS = ("probe", "knn", "loss", "spread", "effective_rank")
 VECTORS = ("alignment", "correlation_eigenvalues", "weight_eigenvalues")
@@ -55,7 +58,7 @@ def values(predictor: str, seed: int, epoch: int, metrics: Sequence[str] = SCALA
 def write(directory: Path, rows: Sequence[Row], summary: Mapping[str, Any] | None) -> Path:
     directory.mkdir(parents=True)
     with (directory / "metrics.csv").open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file, lineterminator="\n").writerows([module.HEADER, *rows])
+        csv.writer(file, lineterminator="\n").writerows([HEADER, *rows])
     if summary is not None:
         (directory / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
     return directory
@@ -165,7 +168,7 @@ def unplotted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plotting takes a second, and many tests do not look at it."""
     picture = io.BytesIO()
     Image.new("L", (1, 1)).save(picture, format="PNG")
-    monkeypatch.setattr(module, "draw", lambda groups, labels: picture.getvalue())
+    monkeypatch.setattr(command, "draw", lambda groups, labels: picture.getvalue())
 
 
 def test_table_has_the_last_numbers_of_a_run(tmp_path: Path) -> None:
@@ -231,7 +234,7 @@ def test_equal_views_are_shown_once_and_large_ones_not_at_all(
     page = made(tmp_path, *runs)
     assert len(page.images()) == 2
     assert "a, b: images" in page.text
-    monkeypatch.setattr(module, "PICTURES_BYTES", 0)
+    monkeypatch.setattr(html, "PICTURES_BYTES", 0)
     page = made(tmp_path, *runs)
     assert len(page.images()) == 1
     assert "too large for this page" in page.text
@@ -354,7 +357,7 @@ def test_what_is_not_measured_is_left_out(
 
 def test_many_runs_of_the_same_predictor_look_different(tmp_path: Path) -> None:
     groups = [group for n in range(12) for group in read(trained(tmp_path / f"run{n}")).groups]
-    assert len({str(style) for style in module._styles(groups)}) == 12
+    assert len({str(style) for style in curves._styles(groups)}) == 12
     page = made(tmp_path, *(tmp_path / f"run{n}" for n in range(12)))
     assert "Of 12 spectra, the first 8 are shown." in page.text
 
@@ -363,7 +366,7 @@ def test_rule_is_drawn_where_the_recipe_is_known(tmp_path: Path) -> None:
     run = trained(tmp_path / "a", eps=0.1)
     (group,) = read(run).groups
     panels = [Figure().add_subplot() for _ in range(3)]
-    module._spectra(panels, group, "a")
+    curves._spectra(panels, group, "a")
     (rule,) = panels[2].lines
     s, p = np.asarray(rule.get_data(), dtype=float)
     np.testing.assert_allclose(p, np.sqrt(s) + 0.1 * s[-1])
@@ -376,7 +379,7 @@ def test_rule_is_drawn_where_the_recipe_is_known(tmp_path: Path) -> None:
     (run / "summary.json").unlink()
     (group,) = read(run).groups
     panels = [Figure().add_subplot() for _ in range(3)]
-    module._spectra(panels, group, "a")
+    curves._spectra(panels, group, "a")
     assert not panels[2].lines
 
 
@@ -402,7 +405,7 @@ def test_eigenspaces_of_a_learned_predictor(tmp_path: Path) -> None:
     run = learned(tmp_path / "a", predictor_lr=4.0)
     (group,) = read(run).groups
     panels = [Figure().add_subplot() for _ in range(3)]
-    module._learned(panels, group, "a")
+    eigenspaces._learned(panels, group, "a")
 
     def of(metric: str, epoch: int = -1) -> Any:
         series = group.series(metric)
@@ -433,7 +436,8 @@ def test_eigenspaces_of_a_learned_predictor(tmp_path: Path) -> None:
 def test_page_shows_the_eigenspaces_where_there_are_any(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "MOST_LEARNED", 1)
+    for module in (eigenspaces, html):
+        monkeypatch.setattr(module, "MOST_LEARNED", 1)
     runs = [learned(tmp_path / "a", LEARNED[:3]), learned(tmp_path / "b")]
     page = made(tmp_path, trained(tmp_path / "other"), *runs)
     assert "Eigenspaces of the learned linear predictor" in page.text
@@ -587,7 +591,7 @@ def test_real_run(tmp_path: Path, real_run: Path) -> None:
     (row,) = page.results()
     result = json.loads((real_run / "summary.json").read_text())["result"]
     assert (row["run"], row["epochs"]) == ("<b>mine", "2")
-    for metric, (heading, digits) in module.COLUMNS.items():
+    for metric, (heading, digits) in html.COLUMNS.items():
         assert row.get(heading) == (f"{result[metric]:.{digits}f}" if metric in result else None)
     assert "directpred train --epochs 2\n" in page.text
     assert len(page.images()) == 2
