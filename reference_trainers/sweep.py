@@ -16,11 +16,12 @@ from . import records
 from .compare import cell, statistics
 from .errors import Interrupted
 from .grids import Grid
+from .heatmaps import Panels, plot_grids, spelled
 from .monitor import Measurement
-from .plot import LEADING, Panels, plot_grids, spelled
 from .progress import Progress, open_console
 from .recipe import Recipe
 from .runs import Runs, load_labelled, open_directory
+from .style import LEADING
 from .train import Machine, Run, check
 
 COLUMNS = {

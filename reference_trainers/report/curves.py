@@ -16,8 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from ..plot import COLOURS, LEADING, STYLE
 from ..siamese import RULES
+from ..style import COLOURS, LEADING, STYLE
 from .directory import SPECTRA, Group
 
 CURVES = {

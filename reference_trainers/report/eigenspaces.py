@@ -15,8 +15,8 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from ..plot import COLOURS, STYLE
 from ..siamese import RULES
+from ..style import COLOURS, STYLE
 from .curves import MOST_LINES, short
 from .directory import Group, Values
 

@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
-from ..plot import STYLE
+from ..style import STYLE
 from .claim import Panel, Result
 
 # Okabe and Ito's palette, as in `plot`; what is predicted is black and dashed.

@@ -21,7 +21,7 @@ import pytest
 from matplotlib.figure import Figure
 from test_parts import config
 
-from directpred.reference_trainers import plot, runs
+from directpred.reference_trainers import heatmaps, runs
 from directpred.reference_trainers.cli import main
 from directpred.reference_trainers.errors import UsageError
 from directpred.reference_trainers.grids import ABLATIONS, Grid, parse
@@ -250,7 +250,7 @@ def test_heat_map_has_the_means_where_there_are_any() -> None:
     rng = np.random.default_rng(0)
     values = [list(rng.uniform(0, 9, 2)) for _ in range(5)] + [[float("nan")]]
     axes = Figure().add_subplot()
-    plot._heat(axes, grid.vary, plot._means(values), ".3f", (0.0, 9.0), labelled=True)
+    heatmaps._heat(axes, grid.vary, heatmaps._means(values), ".3f", (0.0, 9.0), labelled=True)
     texts = {text.get_position(): text.get_text() for text in axes.texts}
     for place, of in enumerate(values):
         expected = "–" if place == 5 else f"{(of[0] + of[1]) / 2:.3f}"
@@ -261,7 +261,7 @@ def test_heat_map_has_the_means_where_there_are_any() -> None:
 
 def test_line_has_mean_and_deviation() -> None:
     axes = Figure().add_subplot()
-    plot._line(axes, {"lr": (0.1, 1.0)}, [[1.0, 3.0], [5.0]])
+    heatmaps._line(axes, {"lr": (0.1, 1.0)}, [[1.0, 3.0], [5.0]])
     (bars,) = axes.containers
     line, _, (error,) = bars
     assert line.get_ydata().tolist() == [2.0, 5.0]
@@ -272,7 +272,7 @@ def test_line_has_mean_and_deviation() -> None:
 
 def test_grids_of_one_and_two_options_are_drawn(tmp_path: Path) -> None:
     panels = [
-        plot.Panels(", ".join(vary), vary, {"spread": [[0.1 * n] for n in range(count)]})
+        heatmaps.Panels(", ".join(vary), vary, {"spread": [[0.1 * n] for n in range(count)]})
         for vary, count in (
             ({"lr": (0.1, 1.0)}, 2),
             ({"lr": (0.1, 1.0), "rho": (0.0, 0.3)}, 4),
@@ -281,8 +281,8 @@ def test_grids_of_one_and_two_options_are_drawn(tmp_path: Path) -> None:
     ]
     heights = []
     for drawn in (panels[:1], panels[:2], panels):
-        plot.plot_grids(drawn, "about", tmp_path / "a.png")
+        heatmaps.plot_grids(drawn, "about", tmp_path / "a.png")
         heights.append(matplotlib.image.imread(tmp_path / "a.png").shape[0])
     assert heights[0] < heights[1] == heights[2]
-    plot.plot_grids(panels[2:], "about", tmp_path / "none.png")
+    heatmaps.plot_grids(panels[2:], "about", tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
