@@ -80,7 +80,7 @@ def sweep(
     except KeyboardInterrupt as interrupt:
         stopped = runs.stopped(interrupt)
     if runs.finished:
-        plot_grids(swept.panels(), swept.about(*grids), directory / "sweep.png")
+        plot_grids(swept.panels(), swept.about(*grids, told="mean"), directory / "sweep.png")
         for grid in grids:
             console.print(swept.table(grid))
     if stopped is not None:
@@ -193,12 +193,12 @@ class Sweep:
             for grid in self.grids
         ]
 
-    def about(self, *grids: Grid) -> str:
-        """Data set, epochs, and how many seeds the points that have any have."""
+    def about(self, *grids: Grid, told: str = "mean ± std") -> str:
+        """Data set, epochs, and what is told of how many seeds of the points that have any."""
         found = {len(self.found(grid, point)) for grid in grids for point in grid.points()} - {0}
         least, most = min(found, default=0), max(found, default=0)
         seeds = f"{most} seeds" if least == most else f"{least} to {most} seeds"
-        seeds = "1 seed" if most == 1 else f"mean ± std of {seeds}"
+        seeds = "1 seed" if most == 1 else f"{told} of {seeds}"
         epochs = "1 epoch" if self.base.epochs == 1 else f"{self.base.epochs} epochs"
         return f"{self.base.dataset}, {epochs}, {seeds}"
 
@@ -247,7 +247,7 @@ class Sweep:
 
 
 def _numbers(measured: Measurement) -> dict[str, float]:
-    """The plain numbers of a measurement, and the mean alignment of the leading eigenvectors."""
+    """The plain numbers of a measurement, mean alignment of the leading eigenvectors, and tr F̂."""
     numbers = {
         name: value
         for name, value in measured.items()
@@ -255,4 +255,6 @@ def _numbers(measured: Measurement) -> dict[str, float]:
     }
     if isinstance(alignment := measured.get("alignment"), list):
         numbers["alignment"] = mean(alignment[-LEADING:])
+    if isinstance(eigenvalues := measured.get("correlation_eigenvalues"), list):
+        numbers["correlation_trace"] = sum(eigenvalues)
     return numbers

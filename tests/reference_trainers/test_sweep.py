@@ -125,6 +125,14 @@ def test_a_sweep_is_written_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFi
         assert result["spread"]["values"] == pytest.approx(values, rel=1e-6)
         assert result["spread"]["std"] == pytest.approx(stdev(values), rel=1e-4)
         assert f"{np.mean(values):.2f} ± {stdev(values):.2f}" in printed.out
+    (trace,) = (
+        float(row["value"])
+        for row in rows
+        if (row["metric"], row["epoch"], row["seed"]) == ("correlation_trace", "1", "0")
+        and float(row["weight_decay"]) == 4e-4
+    )
+    history = json.loads(done.read_text("utf-8"))["history"]
+    assert trace == pytest.approx(sum(history[-1]["correlation_eigenvalues"]), rel=1e-6)
     assert matplotlib.image.imread(directory / "sweep.png").std() > 0.1
 
     # What the processes give is what one process gives.
