@@ -14,6 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from .recipe import spelled
 from .style import COLOURS, STYLE
 
 
@@ -116,8 +117,8 @@ def _heat(
             fontsize=8,
             color="black" if bright or not known else "white",
         )
-    axes.set_xticks(range(len(columns)), [spelled(x) for x in columns])
-    axes.set_yticks(range(len(rows)), [spelled(y) for y in rows] if labelled else [])
+    axes.set_xticks(range(len(columns)), [short(x) for x in columns])
+    axes.set_yticks(range(len(rows)), [short(y) for y in rows] if labelled else [])
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     axes.set_xlabel(across)
@@ -131,13 +132,11 @@ def _line(axes: Axes, vary: Mapping[str, Sequence[Any]], points: Sequence[Sequen
     deviations = np.asarray([np.std(of, ddof=1) if len(of) > 1 else 0.0 for of in points])
     style: dict[str, Any] = {"color": COLOURS["directpred"], "marker": "o", "markersize": 4}
     axes.errorbar(range(len(values)), _means(points), deviations, capsize=3, **style)
-    axes.set_xticks(range(len(values)), [spelled(x) for x in values])
+    axes.set_xticks(range(len(values)), [short(x) for x in values])
     axes.set_xlim(-0.4, len(values) - 0.6)
     axes.set_xlabel(name)
 
 
-def spelled(value: Any) -> str:
-    """An option's value, short."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    return f"{value:g}" if isinstance(value, float) else str(value)
+def short(value: Any) -> str:
+    """An option's value in six digits."""
+    return f"{value:g}" if isinstance(value, float) else spelled(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -194,14 +195,15 @@ def descriptions() -> dict[str, str]:
     return {
         field.name: f"{text[start + len(field.name) + 3 : end].strip()} Default: {default}."
         for field, start, end in zip(fields(Recipe), starts, starts[1:], strict=False)
-        for default in ["null" if field.default is None else _spelled(field.default)]
+        for default in [spelled(field.default)]
     }
 
 
-def _spelled(value: Any) -> str:
-    if isinstance(value, tuple):
+def spelled(value: Any) -> str:
+    """An option's value as the command line takes it."""
+    if isinstance(value, list | tuple):
         return ",".join(map(str, value))
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
 
 
 def _value(name: str, hint: Any, given: Any) -> Any:

@@ -16,7 +16,7 @@ from . import records
 from .compare import cell, statistics
 from .errors import Interrupted
 from .grids import Grid
-from .heatmaps import Panels, plot_grids, spelled
+from .heatmaps import Panels, plot_grids, short
 from .monitor import Measurement
 from .progress import Progress, open_console
 from .recipe import Recipe
@@ -114,7 +114,7 @@ class Sweep:
         for seed in seeds:
             for grid in grids:
                 for point in grid.points():
-                    told = [f"{name}={spelled(x)}" for name, x in {**grid.given, **point}.items()]
+                    told = [f"{name}={short(x)}" for name, x in {**grid.given, **point}.items()]
                     labels.setdefault(self.recipe(grid, point, seed), " ".join(told))
         self.runs = Runs(directory, labels, machine, self.write, keep)
 
@@ -141,7 +141,7 @@ class Sweep:
     def table(self, grid: Grid) -> Table:
         """Mean ± standard deviation over the seeds, for every point of a grid."""
         rows = [
-            ([spelled(x) for x in point.values()], [_numbers(run.history[-1]) for run in runs])
+            ([short(x) for x in point.values()], [_numbers(run.history[-1]) for run in runs])
             for point in grid.points()
             for runs in [self.found(grid, point)]
         ]

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import base64
-import json
 import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from html import escape
-from typing import Any
 
 import numpy as np
 
-from ..recipe import LABELS, Recipe
+from ..recipe import LABELS, Recipe, spelled
 from .curves import CURVES, MOST_SPECTRA
 from .directory import Group, RunDirectory
 from .eigenspaces import MOST_LEARNED
@@ -238,7 +236,7 @@ def _differences(runs: Sequence[RunDirectory], labels: Sequence[str]) -> str:
     keys = dict.fromkeys(key for recipe, _ in recipes for key in recipe)
     rows = []
     for key in keys:
-        values = [_spelled(recipe[key]) if key in recipe else "–" for recipe, _ in recipes]
+        values = [spelled(recipe[key]) if key in recipe else "–" for recipe, _ in recipes]
         if len(set(values)) > 1:
             rows.append([key, *values])
     body = (
@@ -264,23 +262,14 @@ def _command(run: RunDirectory) -> str:
     defaults = asdict(Recipe())
     recipe, words = run.recipe, ["directpred", str(run.summary.get("command", "train"))]
     if run.summary.get("command") == "compare":
-        words += ["--predictors", _spelled(recipe.pop("predictor"))]
+        words += ["--predictors", spelled(recipe.pop("predictor"))]
         words += ["--seeds", str(len(recipe.pop("seed")))]
     for key, value in recipe.items():
-        if key not in defaults or _spelled(value) != _spelled(defaults[key]):
-            words += [f"--{key.replace('_', '-')}", _spelled(value)]
+        if key not in defaults or spelled(value) != spelled(defaults[key]):
+            words += [f"--{key.replace('_', '-')}", spelled(value)]
     if recipe.get("dataset", "digits") != "digits":
         words += ["--data", "DIR"]
     return shlex.join(words)
-
-
-def _spelled(value: Any) -> str:
-    """An option as the command line takes it."""
-    if isinstance(value, list | tuple):
-        return ",".join(map(str, value))
-    if value is None or isinstance(value, bool):
-        return json.dumps(value)
-    return str(value)
 
 
 def _about(runs: Sequence[RunDirectory], labels: Sequence[str]) -> str:
@@ -289,7 +278,7 @@ def _about(runs: Sequence[RunDirectory], labels: Sequence[str]) -> str:
     for run, label in zip(runs, labels, strict=True):
         facts = {**run.summary.get("versions", {}), **run.summary.get("machine", {})}
         if facts:
-            told = tuple((key, _spelled(value)) for key, value in facts.items())
+            told = tuple((key, spelled(value)) for key, value in facts.items())
             columns.setdefault(told, []).append(label)
     if not columns:
         return ""
