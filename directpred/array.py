@@ -1,18 +1,16 @@
-"""What an array is to this package, and the fused operations of PyTorch that the standard lacks."""
+"""What an array is to this package: its library, where it is, and how it is written."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias, TypeVar
+from collections.abc import Sequence
+from typing import Any, TypeAlias
 
 import array_api_compat
 from array_api_compat import is_jax_array
 
 Array: TypeAlias = Any
 """An array of any library that follows the array API standard."""
-
-First, Second = TypeVar("First"), TypeVar("Second")
 
 
 def is_torch(x: Any) -> bool:
@@ -53,53 +51,6 @@ def readable(x: Array) -> bool:
 def detached(x: Array) -> Array:
     """Return x as a constant for automatic differentiation."""
     return x.detach() if is_torch(x) else x
-
-
-def add_scaled(x: Array, y: Array, scale: float) -> Array:
-    """Return x + scale · y, of one shape."""
-    if is_torch(x):
-        return x.add(y, alpha=scale)
-    return x + scale * y
-
-
-def add_product(x: Array, y: Array, z: Array, scale: float = 1.0) -> Array:
-    """Return x + scale · y · z, elementwise; z is 0-d or a number."""
-    if is_torch(x) and is_torch(z):
-        return x.addcmul(y, z, value=scale)
-    return x + (scale * z) * y
-
-
-def add_matmul(x: Array, a: Array, b: Array, scale: float) -> Array:
-    """Return x + scale · a @ b, of matrices; x may be overwritten."""
-    return x.addmm_(a, b, alpha=scale) if is_torch(x) else x + scale * (a @ b)
-
-
-def scaled_matmul(a: Array, b: Array, scale: float) -> Array:
-    """Return scale · a @ b, of matrices."""
-    if is_torch(a):
-        return a.new_empty(()).addmm(a, b, beta=0, alpha=scale)
-    return a @ b if scale == 1 else scale * (a @ b)
-
-
-def both(
-    first: Callable[[], First], second: Callable[[], Second], like: Array
-) -> tuple[First, Second]:
-    """Return the results of two calls that do not depend on each other.
-
-    While PyTorch captures a CUDA graph they become two branches of it, which run side by side.
-    """
-    if not (is_torch(like) and like.is_cuda):
-        return first(), second()
-    cuda = sys.modules["torch"].cuda
-    if not cuda.is_current_stream_capturing():
-        return first(), second()
-    here, side = cuda.current_stream(like.device), cuda.Stream(like.device)
-    side.wait_stream(here)
-    with cuda.stream(side):
-        there = second()
-    done = first(), there
-    here.wait_stream(side)
-    return done
 
 
 def assign(targets: Sequence[Array], values: Sequence[Array]) -> None:

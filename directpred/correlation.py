@@ -11,15 +11,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from directpred.array import (
-    Array,
-    add_product,
-    add_scaled,
-    array_namespace,
-    readable,
-    scaled_matmul,
-)
+from directpred.array import Array, array_namespace, readable
 from directpred.features import check_features, describe_nonfinite  # noqa: F401 - they were here
+from directpred.fused import add_product, add_scaled, scaled_matmul
 
 UNIT = 2.0**-12
 """The unit of Σ z zᵀ, so that over a million rows it fits float32 where its mean does."""

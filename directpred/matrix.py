@@ -29,15 +29,8 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from directpred.array import (
-    Array,
-    add_matmul,
-    add_product,
-    add_scaled,
-    array_namespace,
-    device,
-    scaled_matmul,
-)
+from directpred.array import Array, array_namespace, device
+from directpred.fused import Operand, add_product, add_scaled, matmul, operand, rough_square
 
 Polynomial: TypeAlias = tuple[float, ...]
 """Coefficients of an odd polynomial, of the powers `FIRST` or `LATER` of x."""
@@ -81,8 +74,10 @@ def powers(matrix: Array, eye: Array) -> Powers:
     top = xp.linalg.vector_norm(matrix, ord=math.inf)
     positive = top > 0
     one = xp.where(positive, matrix, eye) / xp.where(positive, top, eye[0, 0])
-    two = one @ one
-    four = two @ two
+    half = operand(one)
+    two = matmul(half, half)
+    half = operand(two)
+    four = matmul(half, half)
     return Powers(top, one, two, four, xp.linalg.vector_norm(four), eye)
 
 
@@ -108,7 +103,7 @@ def largest_eigenvalue(a: Powers) -> Array:
     every = int(math.log2(1 + digits / math.log2(max(2, dim))))
     b, tops = a.four, []
     for m in range(3, last + 1):
-        b = b @ b
+        b = rough_square(b)
         if m % every == 0 or m == last:
             top = xp.linalg.vector_norm(b, ord=math.inf)
             b = b / top
@@ -145,12 +140,12 @@ def square_root(a: Powers) -> tuple[Array, Array]:
     scale = xp.sqrt(inverse)
     unit = a.one * scale
     z = add_product(a.two, a.four, inverse, first.inner / first.square)
-    z = add_product(add_scaled(unit, a.eye, first.outer), z, inverse, first.square)
-    y = unit @ z
+    z = operand(add_product(add_scaled(unit, a.eye, first.outer), z, inverse, first.square))
+    y = operand(matmul(operand(unit), z))
     for step in later:
-        q = _factor(z @ y, a.eye, step)
-        y, z = scaled_matmul(y, q, step.y), scaled_matmul(q, z, step.z)
-    half = scaled_matmul(y, _factor(z @ y, a.eye, last), last.y * MARGIN**0.5 / 2)
+        q = _factor(matmul(z, y), a.eye, step)
+        y, z = operand(matmul(y, q, step.y)), operand(matmul(q, z, step.z))
+    half = matmul(y, _factor(matmul(z, y), a.eye, last), last.y * MARGIN**0.5 / 2)
     root = half + half.T
     # A negative eigenvalue beyond rounding diverges: the matrix is no more than rounding errors,
     # and √x ≈ x is as good as any other function of it.
@@ -191,10 +186,13 @@ def coupled_steps(polynomials: tuple[Polynomial, ...]) -> tuple[Step, ...]:
     return tuple(steps)
 
 
-def _factor(m: Array, eye: Array, step: Step) -> Array:
-    square = m @ m
+def _factor(m: Array, eye: Array, step: Step) -> Operand:
+    """The factor q(M) of a step, for products."""
+    wide = operand(m)
+    square = matmul(wide, wide)
     inner = add_scaled(add_scaled(m, eye, step.inner), square, step.square)
-    return add_matmul(add_scaled(m, eye, step.outer), square, inner, step.product)
+    outer = add_scaled(m, eye, step.outer)
+    return operand(matmul(operand(square), operand(inner), step.product, outer))
 
 
 def positive_part(matrix: Array) -> Array:

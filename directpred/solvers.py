@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol, TypeAlias, cast
 
-from directpred.array import Array, add_product, array_namespace, both, device, on_host
+from directpred.array import Array, array_namespace, device, on_host
+from directpred.fused import add_product, both
 from directpred.matrix import largest_eigenvalue, powers, square_root
 from directpred.spectrum import Rule
 

@@ -19,7 +19,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from directpred.array import Array, add_product, add_scaled, array_namespace
+from directpred.array import Array, array_namespace
+from directpred.fused import add_product, add_scaled
 from directpred.matrix import positive_part
 
 Rule: TypeAlias = Callable[[Array], Array]

@@ -1,0 +1,130 @@
+"""Operations that PyTorch does in one kernel, where the array API standard needs several.
+
+Elsewhere they are what they say. On a GPU with tensor cores, products of large float32 matrices run
+there: TF32 reads 10 bits of a mantissa, and a matrix split into two that it holds gives back float32
+(`Operand`), at half the time of a product in float32.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple, TypeVar
+
+from directpred.array import Array, is_torch
+
+First, Second = TypeVar("First"), TypeVar("Second")
+
+LARGE = 1024
+"""The dim from which on products take longer than what surrounds them."""
+
+
+def add_scaled(x: Array, y: Array, scale: float) -> Array:
+    """Return x + scale · y, of one shape."""
+    return x.add(y, alpha=scale) if is_torch(x) else x + scale * y
+
+
+def add_product(x: Array, y: Array, z: Array, scale: float = 1.0) -> Array:
+    """Return x + scale · y · z, elementwise; z is 0-d or a number."""
+    if is_torch(x) and is_torch(z):
+        return x.addcmul(y, z, value=scale)
+    return x + (scale * z) * y
+
+
+class Operand(NamedTuple):
+    """A matrix that enters products.
+
+    Attributes:
+        value: The matrix.
+        high, low: For products on tensor cores, two matrices that TF32 holds, whose sum is the
+            value to 21 bits; else None.
+    """
+
+    value: Array
+    high: Array | None
+    low: Array | None
+
+
+def operand(x: Array) -> Operand:
+    """Prepare a matrix for products: split once, it may enter several."""
+    if not _on_tensor_cores(x):
+        return Operand(x, None, None)
+    torch = sys.modules["torch"]
+    high = (x.view(torch.int32) & -0x2000).view(x.dtype)
+    return Operand(x, high, x - high)
+
+
+def matmul(a: Operand, b: Operand, scale: float = 1.0, plus: Array | None = None) -> Array:
+    """Return plus + scale · a @ b, in the precision of the dtype; `plus` may be overwritten."""
+    if a.high is None:
+        return _product(a.value, b.value, scale, plus)
+    with _tf32():  # the product of the low parts is below the rounding of float32
+        out = _product(a.high, b.low, scale, plus)
+        out = _product(a.low, b.high, scale, out)
+        return _product(a.high, b.high, scale, out)
+
+
+def rough_square(x: Array) -> Array:
+    """Return x @ x, on tensor cores in TF32."""
+    if not _on_tensor_cores(x):
+        return x @ x
+    with _tf32():
+        return _product(x, x, 1.0, None)
+
+
+def both(
+    first: Callable[[], First], second: Callable[[], Second], like: Array
+) -> tuple[First, Second]:
+    """Return the results of two calls that do not depend on each other.
+
+    While PyTorch captures a CUDA graph they become two branches of it, which run side by side.
+    """
+    if not (is_torch(like) and like.is_cuda):
+        return first(), second()
+    cuda = sys.modules["torch"].cuda
+    if not cuda.is_current_stream_capturing():
+        return first(), second()
+    here, side = cuda.current_stream(like.device), cuda.Stream(like.device)
+    side.wait_stream(here)
+    with cuda.stream(side):
+        there = second()
+    done = first(), there
+    here.wait_stream(side)
+    return done
+
+
+def scaled_matmul(a: Array, b: Array, scale: float) -> Array:
+    """Return scale · a @ b, of matrices of any size."""
+    return _product(a, b, scale, None)
+
+
+def _product(a: Array, b: Array, scale: float, plus: Array | None) -> Array:
+    if is_torch(a):
+        if plus is not None:
+            return plus.addmm_(a, b, alpha=scale)
+        return a @ b if scale == 1 else a.new_empty(()).addmm(a, b, beta=0, alpha=scale)
+    product = a @ b if scale == 1 else scale * (a @ b)
+    return product if plus is None else plus + product
+
+
+def _on_tensor_cores(x: Array) -> bool:
+    """Tell whether products of x go to tensor cores; code being compiled cannot choose."""
+    if not (is_torch(x) and x.is_cuda) or x.shape[0] < LARGE:
+        return False
+    torch = sys.modules["torch"]
+    return (
+        x.dtype == torch.float32
+        and not torch.compiler.is_compiling()
+        and torch.cuda.get_device_capability(x.device) >= (8, 0)
+    )
+
+
+@contextmanager
+def _tf32() -> Iterator[None]:
+    matmul = sys.modules["torch"].backends.cuda.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "tf32"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
