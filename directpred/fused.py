@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple, TypeVar
 
+from array_api_compat import is_cupy_array
+
 from directpred.array import Array, is_torch
 
 First, Second = TypeVar("First"), TypeVar("Second")
@@ -68,7 +70,7 @@ def matmul(a: Operand, b: Operand, scale: float = 1.0, plus: Array | None = None
 def rough_square(x: Array) -> Array:
     """Return x @ x, on tensor cores in TF32."""
     if not _on_tensor_cores(x):
-        return x @ x
+        return _product(x, x, 1.0, None)
     with _tf32():
         return _product(x, x, 1.0, None)
 
@@ -104,8 +106,15 @@ def _product(a: Array, b: Array, scale: float, plus: Array | None) -> Array:
         if plus is not None:
             return plus.addmm_(a, b, alpha=scale)
         return a @ b if scale == 1 else a.new_empty(()).addmm(a, b, beta=0, alpha=scale)
-    product = a @ b if scale == 1 else scale * (a @ b)
+    product = _cupy_product(a, b) if is_cupy_array(a) else a @ b
+    product = product if scale == 1 else scale * product
     return product if plus is None else plus + product
+
+
+def _cupy_product(a: Array, b: Array) -> Array:
+    from directpred.cupy_graph import product
+
+    return product(a, b)
 
 
 def _on_tensor_cores(x: Array) -> bool:

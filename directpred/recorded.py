@@ -12,6 +12,8 @@ import warnings
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
+from array_api_compat import is_cupy_array
+
 from directpred.array import Array, array_namespace, assign, changed, device, fill, is_torch
 from directpred.correlation import Moments, is_finite
 from directpred.method import NOT_FINITE, Options, advance, is_due
@@ -165,6 +167,11 @@ def recorder_for(x: Array) -> Recorder:
         from directpred.torch.graph import record
 
         return Recorder(record if x.is_cuda else None)
+    if is_cupy_array(x):
+        from directpred.cupy_graph import LARGEST
+        from directpred.cupy_graph import record as record_cupy
+
+        return Recorder(record_cupy if x.shape[0] <= LARGEST else None)
     return Recorder(None, in_place=False)
 
 
