@@ -19,6 +19,7 @@ import datetime  # noqa: E402
 import multiprocessing  # noqa: E402
 import platform  # noqa: E402
 import resource  # noqa: E402
+import sys  # noqa: E402
 import time  # noqa: E402
 from collections.abc import Callable, Iterator  # noqa: E402
 from dataclasses import dataclass, field, fields, replace  # noqa: E402
@@ -29,8 +30,10 @@ from typing import Any  # noqa: E402
 import cpuinfo  # noqa: E402
 import numpy as np  # noqa: E402
 
+sys.path.append(str(Path(__file__).parents[1]))  # where `benches` is, for a script
+
 import directpred as dp  # noqa: E402
-from report import table  # noqa: E402
+from benches.report import table  # noqa: E402
 
 Matrix = np.ndarray[Any, Any]
 
