@@ -2,7 +2,7 @@
 # What only a GPU can tell, on a machine that is lent for a quarter of an hour: two calls of at most
 # ten minutes, no network, PyTorch and its usual company installed. From the repository's root:
 #
-#   bash benches/device.sh prepare ARCHIVE      here: all that is brought along, into .device/
+#   bash benches/device.sh prepare ARCHIVE      here: all that goes along, into .device/ (git ignores it)
 #   bash benches/device.sh rehearse FOLDER      here: the same work on the CPU, tiny, in FOLDER
 #   RESULTS=DIR bash benches/device.sh start    there: sets the work going, returns within 575 s
 #   RESULTS=DIR bash benches/device.sh wait     there, at once: until it is done
@@ -65,6 +65,7 @@ unpack() {
   "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade \
     --target "$site" .device/wheels/*.whl || return
   # The tree may be newer than the wheel, which is there for the package's metadata.
+  rm -rf "$site/directpred"
   cp -r directpred "$site/" && cp -r adapters reference_trainers "$site/directpred/" || return
   mkdir -p "$WORK/cifar10" && tar -xJf .device/data/cifar10.tar.xz -C "$WORK/cifar10"
 }
@@ -138,7 +139,7 @@ follow() {
   done
   collect
   cat "$found/log.txt"
-  grep -hE '^\| (figure|GPU|CPU)|passed|failed' "$found"/{targets,gpu_tests}.txt
+  grep -hE '^\| (figure|GPU|CPU)|passed|failed' "$found"/{gpu_tests,targets}.txt 2> /dev/null
   [ -e "$WORK/done" ] || echo "not done yet: bash benches/device.sh wait"
 }
 
