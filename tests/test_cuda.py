@@ -356,11 +356,13 @@ def test_a_head_that_is_gone_takes_nothing_along(replays):
 
 
 def test_the_memory_of_recordings_comes_back(replays):
-    def used():
+    """Neither the graphs' own, nor a workspace of cuBLAS for every stream that was recorded on."""
+
+    def held():
         gc.collect()
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
-        return torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+        return torch.cuda.memory_reserved() / 2**20
 
     batch = features(64, 256)
     known = []
@@ -368,9 +370,9 @@ def test_the_memory_of_recordings_comes_back(replays):
         heads = [DirectPredHead(256, rule=RULE, device="cuda") for _ in range(4)]
         close(heads, [[batch]] * 5)
         del heads
-        known.append(used())
+        known.append(held())
     assert len(replays) >= 6 * 4
-    assert known[-1] == known[1]  # the first may have loaded libraries
+    assert known[-1] - known[0] <= 40, f"MiB after every four heads: {known}"
 
 
 # ---- Beside other work
