@@ -9,9 +9,17 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from array_api_compat import array_namespace, is_array_api_obj
+import numpy as np
 
-from directpred.array import Array
+from directpred.array import (
+    Array,
+    add_product,
+    add_scaled,
+    array_namespace,
+    readable,
+    scaled_matmul,
+)
+from directpred.features import check_features, describe_nonfinite  # noqa: F401 - they were here
 
 UNIT = 2.0**-12
 """The unit of Σ z zᵀ, so that over a million rows it fits float32 where its mean does."""
@@ -34,11 +42,11 @@ class Moments(NamedTuple):
 def moments(z: Array, dtype: Array) -> Moments:
     """Sum over the rows of one array of features.
 
-    The sum of outer products is one matrix product, of features scaled by a power of two, which is
-    exact: the product overflows only where the mean of z zᵀ is beyond 1/16 of the largest number,
-    so features of 4e18 fit float32, and features of 1e-20 lose no more than the mean itself does.
-    Features of another dtype are converted block by block, so that memory stays O(dim²) whatever
-    the number of rows.
+    The sum of outer products is one matrix product. Where it overflows, and where that cannot be
+    read, the features are scaled by a power of two before, which is exact: the product then
+    overflows only where the mean of z zᵀ is beyond 1/16 of the largest number, so features of 4e18
+    fit float32, and features of 1e-20 lose no more than the mean itself does. Features of another
+    dtype are converted block by block, so that memory stays O(dim²) whatever the number of rows.
 
     Args:
         z: Features, (..., dim), real floating.
@@ -56,12 +64,22 @@ def moments(z: Array, dtype: Array) -> Moments:
     for start in range(0, rows, block):
         n = min(block, rows - start)
         part = xp.astype(z[start : start + n, :], dtype, copy=False)
-        scale = 2.0 ** -max(0, math.ceil(math.log2(n / 16) / 2))  # n · scale² ≤ 16
-        scaled = part * scale if scale < 1 else part
-        summed = Moments((scaled.T @ scaled) * (UNIT / scale**2), xp.sum(part, axis=0), n)
+        summed = Moments(_outer(part), xp.sum(part, axis=0), n)
         merged = summed if merged is None else merge(merged, summed)
     assert merged is not None, "callers check that there is at least one row"
     return merged
+
+
+def _outer(part: Array) -> Array:
+    """UNIT · Σ z zᵀ over the rows (n, dim) of one dtype."""
+    if readable(part):
+        with np.errstate(over="ignore"):
+            outer = scaled_matmul(part.T, part, UNIT)
+        if _largest(outer) < math.inf:
+            return outer
+    scale = 2.0 ** -max(0, math.ceil(math.log2(part.shape[0] / 16) / 2))  # n · scale² ≤ 16
+    scaled = part * scale if scale < 1 else part
+    return scaled_matmul(scaled.T, scaled, UNIT / scale**2)
 
 
 def merge(a: Moments, b: Moments) -> Moments:
@@ -78,51 +96,57 @@ def is_finite(batch: Moments) -> Array:
     Returns:
         A 0-d boolean array: no synchronisation with a device. False too when there are no rows.
     """
-    xp = array_namespace(batch.outer)
-    return xp.all(xp.isfinite(xp.linalg.diagonal(batch.outer) / (batch.rows * UNIT)))
+    limit = float(array_namespace(batch.outer).finfo(batch.outer.dtype).max) * UNIT
+    return _largest(batch.outer) / batch.rows <= limit
 
 
-def moving_average(average: Array, batch_sum: Array, rows: Array, rho: Array) -> Array:
-    """Move an average towards the mean of a batch, Eq. 19: F̂ ← rho · F̂ + (1 − rho) · E_B[f fᵀ].
+def is_finite_matrix(matrix: Array) -> Array:
+    """Tell by its diagonal whether a symmetric semi-definite matrix is finite; 0-d boolean."""
+    return _largest(matrix) < math.inf
+
+
+def _largest(matrix: Array) -> Array:
+    """The largest magnitude on the diagonal, 0-d: NaN where there is a NaN."""
+    xp = array_namespace(matrix)
+    return xp.linalg.vector_norm(xp.linalg.diagonal(matrix), ord=math.inf)
+
+
+def moving_average(
+    average: Array, batch_sum: Array, rho: Array, share: Array, unit: float = 1.0
+) -> Array:
+    """Move an average towards a batch, Eq. 19: F̂ ← rho · F̂ + (1 − rho) · E_B[f fᵀ].
 
     Args:
         average: F̂, or the running mean; any shape.
-        batch_sum: The sum over the rows of the batch, of the same shape.
-        rows: Number of rows.
-        rho: Weight of the old average in [0, 1]; 0 starts the average at the batch.
+        batch_sum: The sum over the rows of the batch, in `unit`, of the same shape.
+        rho: Weight of the old average in [0, 1], 0 to start at the batch; a number or 0-d.
+        share: Weight of each row, (1 − rho) over their number; likewise.
+        unit: What the sum is in.
 
     Source: Tian, Chen, Ganguli, ICML 2021 (arXiv 2102.06810), Eq. 19.
     """
-    return rho * average + ((1 - rho) / rows) * batch_sum
+    if isinstance(share, float):
+        return add_scaled(average * rho, batch_sum, share / unit)
+    return add_product(average * rho, batch_sum, share, 1 / unit)
 
 
-def check_features(z: Array, dim: int) -> None:
-    """Check that z can be features of a predictor.
+def rounding(mean: Array, share: Array, center: bool) -> Array:
+    """Bound what rounding may have made of an eigenvalue of 0 of the correlation.
+
+    Rounding moves each entry by at most half a unit in the last place; over a (dim, dim) matrix
+    that adds up to at most √dim such units in spectral norm. Two roundings are not relative to the
+    matrix itself: underflow, in the batch sum and in F̂, and the cancellation in F̂ − m mᵀ.
 
     Args:
-        z: What came as features.
-        dim: The width expected.
+        mean: Moving average of the mean, m, (dim,).
+        share: Weight of each row of the batch in F̂; a number or 0-d.
+        center: Whether m mᵀ is subtracted.
 
-    Raises:
-        TypeError: z is no array of a known library, or not real floating.
-        ValueError: z is not (..., n, dim) or has no rows.
+    Returns:
+        A number ≥ 0, or a 0-d array.
     """
-    if not is_array_api_obj(z):
-        raise TypeError(f"features must be an array, got {type(z).__name__}")
-    if not array_namespace(z).isdtype(z.dtype, "real floating"):
-        raise TypeError(f"features must be real floating, got {z.dtype}")
-    if z.ndim < 2 or z.shape[-1] != dim:
-        raise ValueError(f"features must be of shape (n, {dim}), got {tuple(z.shape)}")
-    if 0 in z.shape:
-        raise ValueError(f"features must have at least one row, got shape {tuple(z.shape)}")
-
-
-def describe_nonfinite(z: Array) -> str:
-    """Say in one sentence why `is_finite` is false for features (..., dim)."""
-    xp = array_namespace(z)
-    rows = xp.reshape(xp.isfinite(z), (-1, z.shape[-1]))
-    bad = int(xp.sum(xp.astype(~xp.all(rows, axis=1), xp.int32)))
-    if bad:
-        return f"features must be finite, got NaN or infinity in {bad} of {rows.shape[0]} rows"
-    largest = float(xp.max(xp.abs(z)))
-    return f"the correlation of the features overflows: their largest magnitude is {largest:.3g}"
+    xp = array_namespace(mean)
+    info = xp.finfo(mean.dtype)
+    units = mean.shape[0] ** 0.5 * float(info.eps)
+    noise = share * (units * float(info.smallest_normal) / UNIT) + units * float(info.smallest_normal)
+    return noise + 2 * units * xp.max(mean * mean) if center else noise

@@ -11,17 +11,19 @@ from flax import nnx
 
 import directpred.jax as dpj
 from directpred.correlation import Moments
+from directpred.state import State
 
 __all__ = ["DirectPredHead"]
 
-_STATE = ("correlation", "mean", "weight", "step_count", "skipped")
+_STATE = State._fields
 _close = jax.jit(dpj.close, static_argnames="axis_name")
 
 
 class DirectPredHead(nnx.Module):
     """A predictor head without trained parameters: `directpred.jax` as an `nnx.Module`.
 
-    In training `head(z)` is z @ weight and gathers the statistics of z; `close()` ends the step.
+    In training `head(z)` is z @ weight and gathers the statistics of z; `step()`, or
+    `close()`, ends it.
     As for `nnx.BatchNorm`, `train()` and `eval()` of any module around it set the mode, and all of
     its variables are of type `nnx.BatchStat`.
 
@@ -29,7 +31,7 @@ class DirectPredHead(nnx.Module):
         >>> import jax.numpy as jnp
         >>> head = DirectPredHead(4)
         >>> prediction = head(jnp.ones((16, 4)))  # within the loss
-        >>> head.close()  # after optimizer.update
+        >>> head.step()  # after optimizer.update
         >>> int(head.step_count[...])
         1
 
@@ -38,7 +40,7 @@ class DirectPredHead(nnx.Module):
         **options: Options of `directpred.jax.init`.
 
     Attributes:
-        correlation, mean, weight, step_count, skipped: As in `directpred.jax.State`.
+        correlation, mean, weight, step_count, skipped, closings: As in `directpred.jax.State`.
         gathered_outer, gathered_total, gathered_rows: Moments since the last step was closed.
         use_running_average: Whether the head is in evaluation, and gathers nothing.
 
@@ -58,9 +60,7 @@ class DirectPredHead(nnx.Module):
     @property
     def state(self) -> dpj.State:
         """The variables as a state of `directpred.jax`, for its `state_dict`, say."""
-        return dpj.State(
-            **{name: getattr(self, name)[...] for name in _STATE}, options=self.options
-        )
+        return dpj.State(State(*(getattr(self, name)[...] for name in _STATE)), self.options)
 
     def __call__(self, z: jax.Array) -> jax.Array:
         """Predict: z @ weight; in training also gather the statistics of z.
@@ -80,7 +80,7 @@ class DirectPredHead(nnx.Module):
                 sum_[...] += x
         return dpj.apply(state, z)
 
-    def close(self, axis_name: Hashable = None) -> None:
+    def step(self, axis_name: Hashable = None) -> None:
         """Close the step after `optimizer.update`, within the jitted function or outside.
 
         Does nothing where nothing was gathered since the last step.
@@ -94,6 +94,8 @@ class DirectPredHead(nnx.Module):
             getattr(self, name)[...] = getattr(state, name)
         for x in self._gathered():
             x[...] = jnp.zeros_like(x[...])
+
+    close = step
 
     def _gathered(self) -> list[Any]:
         return [getattr(self, f"gathered_{name}") for name in Moments._fields]

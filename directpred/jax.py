@@ -27,8 +27,9 @@ import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
 from directpred import state as core
-from directpred.correlation import Moments, check_features, merge, moments
-from directpred.predictor import Options, advance, check_dim
+from directpred.correlation import Moments, merge, moments
+from directpred.features import check_dim, check_features
+from directpred.method import Options, advance
 from directpred.spectrum import Eq18, Rule
 
 __all__ = [
@@ -46,34 +47,34 @@ __all__ = [
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class State:
-    """All that a predictor remembers from step to step: a pytree of five arrays.
+    """All that a predictor remembers from step to step: a pytree of six arrays.
 
     Orbax saves it as any pytree; so does `flax.serialization`, if flax is imported before the
     state is made. Both restore into a state made by `init`, from which the options come.
 
     Attributes:
-        correlation: F̂ of Eq. 19, uncentred, (dim, dim).
-        mean: Moving average of the features' mean, (dim,).
-        weight: W_p, (dim, dim), the identity until the first update.
-        step_count: Number of updates that entered F̂, 0-d int32.
-        skipped: Number of updates left out because they were not finite, 0-d int32.
+        core: The arrays, as `directpred.state.State` describes them, with counts of 0-d int32;
+            each is an attribute of this state too: `correlation`, `mean`, `weight`, `step_count`,
+            `skipped`, `closings`.
         options: The options given to `init`; static, so rules must be hashable.
     """
 
-    correlation: jax.Array
-    mean: jax.Array
-    weight: jax.Array
-    step_count: jax.Array
-    skipped: jax.Array
+    core: core.State
     options: Options = field(metadata={"static": True})
 
     def __post_init__(self) -> None:
         _register_with_flax()
 
+    def __getattr__(self, name: str) -> jax.Array:
+        if name in core.State._fields:
+            return getattr(self.core, name)  # type: ignore[no-any-return]
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+
 
 def init(
     dim: int,
     rule: Rule = Eq18(),  # noqa: B008 - frozen
+    *,
     rho: float = 0.3,
     freq: int = 1,
     center: bool = False,
@@ -177,12 +178,15 @@ def close(state: State, batch: Moments, axis_name: Hashable = None) -> tuple[Sta
         raise ValueError(f"moments must be of shape {expected}, got {got}")
     if axis_name is not None:
         batch = jax.lax.psum(batch, axis_name)  # type: ignore[no-untyped-call]
-    before = jax.lax.stop_gradient(_to_core(state))
+    before, batch = jax.lax.stop_gradient((state.core, batch))
+    some = batch.rows > 0
     with jax.default_matmul_precision("highest"):
-        after = advance(before, jax.lax.stop_gradient(batch), state.options, known=False)
-    empty = jnp.asarray(batch.rows == 0, after.skipped.dtype)  # not finite, but no step either
-    after = after._replace(skipped=after.skipped - empty)
-    return replace(state, **after._asdict()), after.weight
+        after = advance(before, batch, state.options, known=False, counts=some)
+    after = after._replace(
+        weight=jnp.where(some, after.weight, before.weight),
+        closings=jnp.where(some, after.closings, before.closings),
+    )
+    return replace(state, core=after), after.weight
 
 
 def apply(state: State, z: ArrayLike) -> jax.Array:
@@ -204,7 +208,7 @@ def apply(state: State, z: ArrayLike) -> jax.Array:
 
 def state_dict(state: State) -> dict[str, Any]:
     """Return the state in the entries that `DirectPred` and the torch head load and save."""
-    return core.to_dict(_to_core(state), None)
+    return core.to_dict(state.core, None)
 
 
 def load_state_dict(state: State, entries: Mapping[str, Any]) -> State:
@@ -232,30 +236,23 @@ def _checked(z: Any, state: State) -> jax.Array:
     return jnp.asarray(z)
 
 
-def _to_core(state: State) -> core.State:
-    return core.State(*(getattr(state, name) for name in core.State._fields))
-
-
 def _from_core(state: core.State, dtype: Any, options: Options) -> State:
-    arrays = {
-        name: jnp.asarray(x, dtype=dtype if np.ndim(x) else jnp.int32)
-        for name, x in state._asdict().items()
-    }
-    return State(**arrays, options=options)
+    arrays = (jnp.asarray(x, dtype=dtype if np.ndim(x) else jnp.int32) for x in state)
+    return State(core.State(*arrays), options)
 
 
 def _register_with_flax() -> None:
     """Tell `flax.serialization`, which saves only types registered with it, about `State`."""
     if flax := sys.modules.get("flax.serialization"):
         flax.register_serialization_state(
-            State, lambda state: _to_core(state)._asdict(), _restored, override=True
+            State, lambda state: state.core._asdict(), _restored, override=True
         )
 
 
 def _restored(state: State, entries: Mapping[str, Any]) -> State:
-    like = _to_core(state)._asdict()
+    like = state.core._asdict()
     shapes, got = ({n: np.shape(x) for n, x in d.items()} for d in (like, entries))
     if got != shapes:
         raise ValueError(f"expected a DirectPred state of shapes {shapes}, got {got}")
-    arrays = {name: jnp.asarray(entries[name], x.dtype) for name, x in like.items()}
-    return State(**arrays, options=state.options)
+    arrays = (jnp.asarray(entries[name], x.dtype) for name, x in like.items())
+    return State(core.State(*arrays), state.options)

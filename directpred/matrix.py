@@ -2,112 +2,203 @@
 
 An eigendecomposition on a GPU waits for the host and cannot be captured in a CUDA graph; a fixed
 sequence of products does neither. The polynomials are derived here, not tabulated. Error of the
-square root in spectral norm, relative to its own, before rounding (`root_error`):
+square root in spectral norm, relative to its own, before rounding (`root_error`); four products
+more are shared with the largest eigenvalue:
 
 ===== ======== =======
 steps products error
 ===== ======== =======
-    3        9 7.9e-03
-    4       13 2.2e-03
-    5       17 6.0e-04
-    6       21 1.6e-04
-    7       25 4.2e-05
-    8       29 1.1e-05
-   10       37 7.0e-07
-   12       45 4.5e-08
-   14       53 3.1e-09
+    2        5 1.3e-02
+    3        9 2.2e-03
+    4       13 3.4e-04
+    5       17 5.3e-05
+    6       21 7.8e-06
+    7       25 1.1e-06
+    8       29 1.6e-07
+    9       33 2.3e-08
+   10       37 3.3e-09
 ===== ======== =======
 
-The solver takes 6 steps in float32, where rounding adds 1e-4, and 12 in float64.
+The solver takes 4 steps in float32, where rounding adds about 2e-4, and 9 in float64.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
-from array_api_compat import array_namespace, device
 
-from directpred.array import Array
+from directpred.array import (
+    Array,
+    add_matmul,
+    add_product,
+    add_scaled,
+    array_namespace,
+    device,
+    scaled_matmul,
+)
 
-Quintic = tuple[float, float, float]
-"""Coefficients (a, b, c) of the odd polynomial a·x + b·x³ + c·x⁵."""
+Polynomial: TypeAlias = tuple[float, ...]
+"""Coefficients of an odd polynomial, of the powers `FIRST` or `LATER` of x."""
+
+FIRST, LATER = (1, 3, 5, 9), (1, 3, 5, 7, 9)
+"""The powers of the first polynomial, which takes A² and A⁴ as it finds them, and of the others."""
+
+MARGIN = 1.002
+"""How far above an upper bound of its norm a matrix is scaled: more than rounding can take away."""
 
 
-def largest_eigenvalue(matrix: Array) -> Array:
-    """The largest eigenvalue of a symmetric positive semi-definite matrix, without a host sync.
+class Powers(NamedTuple):
+    """A symmetric positive semi-definite matrix over its largest entry, and what both uses share.
 
-    The matrix A, over its largest entry and its norm, is squared m times; with B the result over
-    its trace, ln λ(B) is between ln tr B² and ½ ln tr B², and the middle of the two is within
-    ¼ ln dim. That error is divided by 2ᵐ on the way back to A, so it holds whatever the gaps
-    between the eigenvalues, where a power iteration would stall on a cluster. From a
-    trace of 1, three squarings leave at least dim⁻⁸, so only every third needs a new scale.
+    Attributes:
+        top: The largest magnitude of an entry, 0-d; 0 for a matrix of zeros.
+        one: The matrix over `top`, B, (dim, dim), of norm ≥ 1; the identity for one of zeros.
+        two: B².
+        four: B⁴.
+        norm: Its Frobenius norm, 0-d.
+        eye: The identity.
+    """
+
+    top: Array
+    one: Array
+    two: Array
+    four: Array
+    norm: Array
+    eye: Array
+
+
+def powers(matrix: Array, eye: Array) -> Powers:
+    """Scale a symmetric positive semi-definite matrix and square it twice.
 
     Args:
         matrix: (dim, dim), float32 or float64.
-
-    Returns:
-        A 0-d array, within a relative `tolerance(matrix)` of the largest eigenvalue, and rounding;
-        0 for a matrix of zeros.
+        eye: The identity, likewise.
     """
     xp = array_namespace(matrix)
-    dim = matrix.shape[0]
-    squarings = math.ceil(math.log2(max(1.0, math.log(dim) / (4 * tolerance(matrix)))))
-    tiny = float(xp.finfo(matrix.dtype).smallest_normal)
-    # On the diagonal, but where rounding errors are all that there is; a trace might overflow.
-    top = xp.max(xp.abs(matrix))
-    b = matrix / _or_one(top)
-    norm = xp.linalg.matrix_norm(b) + tiny  # rounding may have made the trace negative
-    b, log, power = b / norm, xp.log(norm), 1
-    for m in range(1, squarings + 1):
-        b, power = b @ b, 2 * power
-        if m % 3 == 0 or m == squarings:
-            trace = xp.linalg.trace(b) + tiny
-            b, log = b / trace, log + xp.log(trace) / power
-    return top * xp.exp(log + 0.75 * xp.log(xp.sum(b * b) + tiny) / power)
+    # The largest entry is on the diagonal, but not where rounding errors are all that there is.
+    top = xp.linalg.vector_norm(matrix, ord=math.inf)
+    positive = top > 0
+    one = xp.where(positive, matrix, eye) / xp.where(positive, top, eye[0, 0])
+    two = one @ one
+    four = two @ two
+    return Powers(top, one, two, four, xp.linalg.vector_norm(four), eye)
 
 
-def square_root(matrix: Array, largest: Array) -> Array:
-    """The square root of a symmetric positive semi-definite matrix by a coupled iteration.
+def largest_eigenvalue(a: Powers) -> Array:
+    """Find the largest eigenvalue of B by squarings, without a synchronisation with the host.
 
-    With x = √s for the eigenvalues s of the matrix over `largest`, odd quintics p_k are composed
-    to h(x) = p_n(…p_1(x)) ≈ 1, and Y → A^½ h(A^½) without a root taken: with p(x) = x q(x²),
-    Y ← Y q(Z Y) and Z ← q(Z Y) Z, from Y = A and Z = I. A step costs four products. An eigenvalue
-    that is too small for h to reach 1 contributes only its own root, so the error is bounded for
-    every spectrum, as in the table above.
-
-    Source: the coupled Newton–Schulz iteration, with the minimax polynomials that Amsel et al.,
-    "The Polar Express" (arXiv 2505.16932), use for the matrix sign.
+    B⁴ is squared on, up to B^(2ᵐ). The Frobenius norm of that is between its largest eigenvalue
+    and √dim of it, so the middle of the bounds is within ¼ ln dim of the logarithm; on the way back
+    to B that error is divided by 2ᵐ. It holds whatever the gaps between the eigenvalues, where a
+    power iteration would stall on a cluster. From a largest entry of 1, k squarings leave one of at
+    least 1 / dim and at most dim^(2ᵏ − 1), so a new scale is needed only before that overflows.
 
     Args:
-        matrix: (dim, dim), float32 or float64.
-        largest: Its largest eigenvalue, as `largest_eigenvalue` gives it, 0-d.
+        a: The powers of the matrix; its own largest eigenvalue is `a.top` times that of B.
 
     Returns:
-        Its square root, exactly symmetric, (dim, dim), within 3e-4 (float32) or 1e-7 (float64) of
-        its own norm in spectral norm.
+        A 0-d array, within a relative `tolerance` of the largest eigenvalue, and rounding.
     """
-    xp = array_namespace(matrix)
-    scale = _or_one(largest) * (1 + 2 * tolerance(matrix))
-    eye = xp.eye(matrix.shape[0], dtype=matrix.dtype, device=device(matrix))
-    *steps, (a, b, c) = _polynomials(matrix)
-    y = zy = matrix / scale
-    z = None
-    for p, q, r in steps:
-        factor = p * eye + q * zy + r * (zy @ zy)
-        y = y @ factor
-        z = factor if z is None else factor @ z
-        zy = z @ y
-    half = y @ ((a / 2) * eye + (b / 2) * zy + (c / 2) * (zy @ zy))
+    xp, dim = array_namespace(a.four), a.four.shape[0]
+    middle = 0.25 * math.log(dim)
+    last = max(3, math.ceil(math.log2(max(1.0, middle / tolerance(a.four)))))
+    digits = math.log2(float(xp.finfo(a.four.dtype).max))
+    every = int(math.log2(1 + digits / math.log2(max(2, dim))))
+    b, tops = a.four, []
+    for m in range(3, last + 1):
+        b = b @ b
+        if m % every == 0 or m == last:
+            top = xp.linalg.vector_norm(b, ord=math.inf)
+            b = b / top
+            tops.append((m, top))
+    value, power = xp.linalg.vector_norm(b) * math.exp(-middle), last
+    for m, top in reversed(tops):
+        value = (value if m == power else value ** 2.0 ** (m - power)) * top
+        power = m
+    return value ** 2.0**-power
+
+
+def square_root(a: Powers) -> tuple[Array, Array]:
+    """Take the square root of B by a coupled iteration.
+
+    With x = √s for the eigenvalues s of B over a bound of its norm, odd polynomials p_k are
+    composed to h(x) = p_n(…p_1(x)) ≈ 1, and Y → A^½ h(A^½) without a root taken: with
+    p(x) = x q(x²), Y ← Y q(Z Y) and Z ← q(Z Y) Z, from Y = A and Z = I. A later step costs five
+    products. An eigenvalue that is too small for h to reach 1 contributes only its own root, so the
+    error is bounded for every spectrum, as in the table above.
+
+    Source: the coupled Newton–Schulz iteration, with minimax polynomials as Amsel et al., "The
+    Polar Express" (arXiv 2505.16932), use for the matrix sign.
+
+    Args:
+        a: The powers of the matrix.
+
+    Returns:
+        R, exactly symmetric, (dim, dim), and c, 0-d: R / √c is the square root of B, within 6e-4
+        (float32) or 1e-7 (float64) of its own norm in spectral norm.
+    """
+    xp = array_namespace(a.one)
+    first, *later, last = _steps(a.one)
+    inverse = a.norm**-0.5  # √ of it is at most 1 / ‖B‖
+    scale = xp.sqrt(inverse)
+    unit = a.one * scale
+    z = add_product(a.two, a.four, inverse, first.inner / first.square)
+    z = add_product(add_scaled(unit, a.eye, first.outer), z, inverse, first.square)
+    y = unit @ z
+    for step in later:
+        q = _factor(z @ y, a.eye, step)
+        y, z = scaled_matmul(y, q, step.y), scaled_matmul(q, z, step.z)
+    half = scaled_matmul(y, _factor(z @ y, a.eye, last), last.y * MARGIN**0.5 / 2)
     root = half + half.T
     # A negative eigenvalue beyond rounding diverges: the matrix is no more than rounding errors,
     # and √x ≈ x is as good as any other function of it.
-    bounded = xp.max(xp.abs(xp.linalg.diagonal(root))) < 2
-    return xp.where(bounded, root, matrix / scale) * xp.sqrt(scale)
+    bounded = xp.linalg.vector_norm(xp.linalg.diagonal(root), ord=math.inf) < 2
+    return xp.where(bounded, root, unit), scale
+
+
+class Step(NamedTuple):
+    """A polynomial x q(x²) of the coupled iteration, as its products take it.
+
+    q is divided by one of its coefficients, and in the variable that the step before has left, so
+    that no product needs a scaling of its own: q(M) ∝ M + outer · I + product · M² (M + inner · I +
+    square · M²). Of the first step, q(B) ∝ B + outer · I + square · B² + inner · B⁴.
+
+    Attributes:
+        outer, inner, square, product: As above.
+        y, z: What the products of Y and of Z with q are multiplied by.
+    """
+
+    outer: float
+    inner: float
+    square: float
+    product: float = 0.0
+    y: float = 1.0
+    z: float = 1.0
+
+
+def coupled_steps(polynomials: tuple[Polynomial, ...]) -> tuple[Step, ...]:
+    """Prepare polynomials for `square_root`."""
+    (a, b, c, e), *later = polynomials
+    k = 1 / MARGIN  # Y, Z and Z Y are those of A = k B, and Y is left k² b, Z k b times too small
+    steps, y, z = [Step(a / (b * k), e * k**3 / b, c * k / b)], k * k * b, k * b
+    for a, b, c, d, e in later:
+        m = y * z
+        product = d * m * m / b
+        steps.append(Step(a / (b * m), c / (d * m), e * m / d, product, y * b * m, z * b * m))
+        y = z = 1.0
+    return tuple(steps)
+
+
+def _factor(m: Array, eye: Array, step: Step) -> Array:
+    square = m @ m
+    inner = add_scaled(add_scaled(m, eye, step.inner), square, step.square)
+    return add_matmul(add_scaled(m, eye, step.outer), square, inner, step.product)
 
 
 def positive_part(matrix: Array) -> Array:
-    """The positive part max(A, 0) = (A + |A|) / 2 of a symmetric matrix, |A| = A sign(A).
+    """Take the positive part max(A, 0) = (A + |A|) / 2 of a symmetric matrix, |A| = A sign(A).
 
     Args:
         matrix: (dim, dim), float32 or float64, of spectral norm at most 1 but for the error of
@@ -118,67 +209,85 @@ def positive_part(matrix: Array) -> Array:
     """
     xp = array_namespace(matrix)
     eye = xp.eye(matrix.shape[0], dtype=matrix.dtype, device=device(matrix))
+    first, *later = _SINGLE if _is_single(matrix) else _DOUBLE
     sign = matrix / (1 + 4 * tolerance(matrix))  # beyond 1 the polynomials leave the interval
-    for a, b, c in _polynomials(matrix):
+    for a, b, c, d, e in ((*first[:3], 0.0, first[3]), *later):
         square = sign @ sign
-        sign = sign @ (a * eye + b * square + c * (square @ square))
+        fourth = square @ square
+        sign = sign @ (a * eye + b * square + fourth @ (c * eye + d * square + e * fourth))
     half = matrix @ (0.25 * (eye + sign))
     return half + half.T
 
 
-def sign_polynomials(steps: int) -> tuple[Quintic, ...]:
-    """The odd quintics whose composition h is best for a square root in so many steps.
+def sign_polynomials(steps: int, low: float | None = None) -> tuple[Polynomial, ...]:
+    """Derive the odd polynomials whose composition is best for a square root in so many steps.
 
     Each is the minimax approximation of 1 on the interval on which those before it have left the
     values. The first interval is [ℓ, 1], with ℓ between the one that spends the steps on roots too
-    small to matter and the one that leaves larger ones short: the least `root_error`, by a
-    ternary search.
+    small to matter and the one that leaves larger ones short.
+
+    Args:
+        steps: How many, ≥ 1.
+        low: ℓ; by default that of the least `root_error`, found by a ternary search.
     """
-    low, high = -9.0, -0.5  # of log10 ℓ
+    if low is not None:
+        return _compose(low, steps)
+    left, right = -9.0, -0.5  # of log10 ℓ
     for _ in range(22):
-        left, right = (2 * low + high) / 3, (low + 2 * high) / 3
-        if root_error(_compose(10**left, steps)) < root_error(_compose(10**right, steps)):
-            high = right
+        a, b = (2 * left + right) / 3, (left + 2 * right) / 3
+        if root_error(_compose(10**a, steps)) < root_error(_compose(10**b, steps)):
+            right = b
         else:
-            low = left
-    return _compose(10**low, steps)
+            left = a
+    return _compose(10**left, steps)
 
 
-def root_error(polynomials: tuple[Quintic, ...]) -> float:
+def root_error(polynomials: tuple[Polynomial, ...]) -> float:
     """Sup |x − x h(x)| over x in [0, 1]: the error of x h(x) for the root x of an eigenvalue."""
     x = np.concatenate([np.logspace(-12, 0, 1001), np.linspace(0, 1, 1001)])
     h = x
-    for a, b, c in polynomials:
-        h = h * (a + b * h**2 + c * h**4)
+    for step, coefficients in enumerate(polynomials):
+        h = _evaluate(coefficients, h, LATER if step else FIRST)
     return float(np.max(x * np.abs(1 - h)))
 
 
-def _compose(low: float, steps: int) -> tuple[Quintic, ...]:
+def _compose(low: float, steps: int) -> tuple[Polynomial, ...]:
     polynomials, high = [], 1.0
-    for _ in range(steps):
-        (a, b, c), error = _minimax_quintic(low / high)
-        polynomials.append((a / high, b / high**3, c / high**5))
+    for step in range(steps):
+        exponents = LATER if step else FIRST
+        coefficients, error = _minimax(low / high, exponents)
+        pairs = zip(coefficients, exponents, strict=True)
+        polynomials.append(tuple(c / high**p for c, p in pairs))
         low, high = 1 - error, 1 + error
     return tuple(polynomials)
 
 
-def _minimax_quintic(low: float) -> tuple[Quintic, float]:
-    """The odd quintic closest to 1 on [low, 1], and its largest deviation, by Remez' exchange."""
-    if low > 0.999:  # the four points of the exchange would coincide to rounding
-        a, b, c = 15 / 8, -10 / 8, 3 / 8
-        return (a, b, c), abs(1 - low * (a + b * low**2 + c * low**4))
-    inner = np.linspace(low, 1, 4)[1:3]
+def _minimax(low: float, exponents: tuple[int, ...]) -> tuple[Polynomial, float]:
+    """The polynomial of these powers closest to 1 on [low, 1], and its largest deviation.
+
+    By Remez' exchange: at one point more than it has coefficients it deviates as far, alternately
+    up and down. Between the ends of the interval these points are where its derivative is 0.
+    """
+    if low > 0.97 and exponents == LATER:  # the points would coincide to rounding: Taylor at 1
+        taylor = tuple(c / 128 for c in (315, -420, 378, -180, 35))
+        return taylor, abs(1 - _evaluate(taylor, low, exponents))
+    powers, terms = np.array(exponents), len(exponents)
+    points = low + (1 - low) * (1 - np.cos(np.pi * np.arange(terms + 1) / terms)) / 2
     for _ in range(50):
-        x = np.array([low, *inner, 1.0])
-        # p(x) = 1 ∓ error at four points with alternating sign
-        system = np.stack([x, x**3, x**5, np.array([1.0, -1.0, 1.0, -1.0])], axis=1)
-        a, b, c, error = np.linalg.solve(system, np.ones(4))
-        root = math.sqrt(max(9 * b * b - 20 * a * c, 0.0))
-        extrema = np.sqrt([(-3 * b - root) / (10 * c), (-3 * b + root) / (10 * c)])
-        if np.max(np.abs(extrema - inner)) < 1e-13:
+        system = np.column_stack([points[:, None] ** powers, (-1.0) ** np.arange(terms + 1)])
+        *coefficients, error = np.linalg.solve(system, np.ones(terms + 1))
+        derivative = np.zeros(powers[-1] // 2 + 1)  # in x², from the highest power on
+        derivative[-1 - powers // 2] = coefficients * powers
+        squares = np.roots(derivative)
+        inner = np.sqrt(np.sort(squares[(squares.imag == 0) & (squares.real > 0)].real))
+        if len(inner) != terms - 1 or np.max(np.abs(inner - points[1:-1])) < 1e-12:
             break
-        inner = extrema
-    return (float(a), float(b), float(c)), abs(float(error))
+        points = np.array([low, *inner, 1.0])
+    return tuple(map(float, coefficients)), abs(float(error))
+
+
+def _evaluate(coefficients: Polynomial, x: Any, exponents: tuple[int, ...]) -> Any:
+    return sum(c * x**p for c, p in zip(coefficients, exponents, strict=True))
 
 
 def tolerance(matrix: Array) -> float:
@@ -190,17 +299,12 @@ def _is_single(matrix: Array) -> bool:
     return bool(array_namespace(matrix).finfo(matrix.dtype).bits == 32)
 
 
-def _or_one(x: Array) -> Array:
-    """X where it is positive, else 1: what to divide by, exact also for denormal numbers."""
-    xp = array_namespace(x)
-    return xp.where(x > 0, x, xp.ones_like(x))
+# The best ℓ of the search, which takes too long at import. In float32 a fifth step would gain less
+# in theory than it loses in rounding, which the inverse roots of small eigenvalues magnify; a tenth
+# in float64 likewise. Not computed where they are used, because compilers would trace that.
+_SINGLE, _DOUBLE = sign_polynomials(4, 2.687e-3), sign_polynomials(9, 2.812e-7)
+_SINGLE_STEPS, _DOUBLE_STEPS = coupled_steps(_SINGLE), coupled_steps(_DOUBLE)
 
 
-# In float32, a seventh step would gain less in theory than it loses in rounding, which the inverse
-# roots of small eigenvalues magnify; a 13th in float64 likewise. Not computed where they are used,
-# because compilers would trace that.
-_SINGLE, _DOUBLE = sign_polynomials(6), sign_polynomials(12)
-
-
-def _polynomials(matrix: Array) -> tuple[Quintic, ...]:
-    return _SINGLE if _is_single(matrix) else _DOUBLE
+def _steps(matrix: Array) -> tuple[Step, ...]:
+    return _SINGLE_STEPS if _is_single(matrix) else _DOUBLE_STEPS

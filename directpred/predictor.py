@@ -1,142 +1,22 @@
-"""DirectPred: the predictor that is set from its features instead of being trained.
+"""DirectPred: the predictor that is set from its features, as an object for any array library.
 
-`advance` is one step of the method as a pure function of arrays; `DirectPred` is the stateful
-object around it for any array library, `directpred.torch.DirectPredHead` the one for PyTorch.
+`directpred.torch.DirectPredHead` is the one for PyTorch, `directpred.jax` that for JAX.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple, TypeAlias
+from collections.abc import Mapping
+from typing import Any
 
-from array_api_compat import array_namespace, device
-
-from directpred.array import Array, on_host
-from directpred.correlation import (
-    UNIT,
-    Moments,
-    check_features,
-    describe_nonfinite,
-    is_finite,
-    merge,
-    moments,
-    moving_average,
-)
-from directpred.solvers import SOLVERS, solvable_by_matmul
+from directpred.array import Array, array_namespace, detached, device, on_host
+from directpred.correlation import Moments, is_finite, merge, moments
+from directpred.features import check_dim, check_features, describe_nonfinite
+from directpred.method import NonFinite, Options, advance
+from directpred.recorded import Recorder, recorder_for
 from directpred.spectrum import Eq18, Rule
 from directpred.state import State, from_dict, initial_state, moved, to_dict
 
-NonFinite: TypeAlias = Literal["raise", "skip"]
-
-
-class Options(NamedTuple):
-    """The hyper-parameters of a predictor, as `DirectPred` describes them."""
-
-    rule: Rule
-    rho: float
-    freq: int
-    center: bool
-    solver: str
-    nonfinite: NonFinite
-
-    def validate(self) -> Options:
-        """Return these options, or raise a `TypeError` or `ValueError` that names the wrong one."""
-        if not callable(self.rule) or isinstance(self.rule, type):
-            raise TypeError(f"rule must be a callable s -> p such as Eq18(), got {self.rule!r}")
-        if not 0 <= self.rho < 1:
-            raise ValueError(f"rho must be in [0, 1), got {self.rho!r}")
-        if not isinstance(self.freq, int) or isinstance(self.freq, bool) or self.freq < 1:
-            raise ValueError(f"freq must be an integer ≥ 1, got {self.freq!r}")
-        if not isinstance(self.center, bool):
-            raise TypeError(f"center must be True or False, got {self.center!r}")
-        if self.solver not in SOLVERS:
-            raise ValueError(f"solver must be one of {[*SOLVERS]}, got {self.solver!r}")
-        if self.solver == "matmul" and not solvable_by_matmul(self.rule):
-            raise ValueError(f"solver 'matmul' cannot take {self.rule!r}, which needs 'eigh'")
-        if self.nonfinite not in ("raise", "skip"):
-            raise ValueError(f"nonfinite must be 'raise' or 'skip', got {self.nonfinite!r}")
-        return self
-
-
-def advance(state: State, batch: Moments, options: Options, known: bool) -> State:
-    """Take one step: Eq. 19, and the weight where it is due.
-
-    Where values are not known on the host (on a GPU, under a tracer), every choice is made on the
-    device: no synchronisation, at the price of a solve at every step also with freq > 1.
-
-    Args:
-        state: The state before the step; with `known`, its counts are Python numbers.
-        batch: Moments of all rows of the step, over all views, micro-batches and ranks.
-        options: Validated options.
-        known: Whether values may be read on the host.
-
-    Returns:
-        The state after the step; where the batch is not finite, or, without `known`, the weight
-        would not be, the same but for `skipped`.
-
-    Raises:
-        ValueError: With `known` only: the batch is not finite and nonfinite is "raise", or the
-            rule gave a weight that is not finite.
-    """
-    xp = array_namespace(state.weight)
-    finite = is_finite(batch)
-    if known:
-        finite = bool(finite)
-        if options.nonfinite == "raise" and not finite:
-            raise ValueError("the correlation of the step overflows; scale the features down")
-    solve = SOLVERS[options.solver]
-    started = state.step_count > 0
-    rho = options.rho * _number(started, state.weight.dtype)
-
-    def averaged(average: Array, batch_sum: Array, rows: Array) -> Array:
-        return _select(finite, lambda: moving_average(average, batch_sum, rows, rho), average)
-
-    correlation = averaged(state.correlation, batch.outer, batch.rows * UNIT)
-    mean = averaged(state.mean, batch.total, batch.rows)
-
-    def solved() -> Array:
-        # Half a unit in the last place in every entry, at random, is less than √dim in the norm:
-        # of denormal numbers, and of the numbers whose difference is the centred correlation.
-        info = xp.finfo(correlation.dtype)
-        spread = mean.shape[0] ** 0.5 * float(info.eps)
-        noise = spread * float(info.smallest_normal) * (1 + 1 / (batch.rows * UNIT))
-        if not options.center:
-            return solve(correlation, options.rule, noise)
-        centred = correlation - mean[:, None] * mean[None, :]
-        return solve(centred, options.rule, noise + 2 * spread * xp.max(mean * mean))
-
-    due = state.step_count % options.freq == 0
-    weight = _select(finite & due, solved, state.weight)
-    fits = xp.all(xp.isfinite(xp.linalg.diagonal(weight)))
-    if known and not fits:
-        raise ValueError(f"the rule {options.rule!r} gave a weight that is not finite")
-    if not known:
-        finite = finite & fits
-        correlation = xp.where(fits, correlation, state.correlation)
-        mean = xp.where(fits, mean, state.mean)
-        weight = xp.where(fits, weight, state.weight)
-    return State(
-        correlation,
-        mean,
-        weight,
-        state.step_count + _number(finite),
-        state.skipped + (1 - _number(finite)),
-    )
-
-
-def _select(condition: Array, new: Callable[[], Array], old: Array) -> Array:
-    """`new()` where the condition holds, else `old`; a Python bool decides before computing."""
-    if isinstance(condition, bool):
-        return new() if condition else old
-    return array_namespace(old).where(condition, new(), old)
-
-
-def _number(condition: Array, dtype: Any = None) -> Array:
-    """0 or 1: a Python int for a Python bool, a 0-d array (int32, or the dtype) for an array."""
-    if isinstance(condition, bool):
-        return int(condition)
-    xp = array_namespace(condition)
-    return xp.astype(condition, xp.int32 if dtype is None else dtype)
+__all__ = ["DirectPred", "NonFinite", "Options", "advance", "check_dim"]
 
 
 class DirectPred:
@@ -188,6 +68,7 @@ class DirectPred:
         self,
         dim: int,
         rule: Rule = Eq18(),  # noqa: B008 - frozen
+        *,
         rho: float = 0.3,
         freq: int = 1,
         center: bool = False,
@@ -199,21 +80,23 @@ class DirectPred:
         self._state = initial_state(dim)
         self._accumulated: Moments | None = None
         self._bound = False  # to the library and device of the first array seen
+        self._closed = 0  # `closings`, known without a synchronisation
+        self._recorder: Recorder | None = None
 
     @property
     def weight(self) -> Array:
         """W_p, (dim, dim), symmetric."""
-        return self._state.weight
+        return self._handed_out(self._state.weight)
 
     @property
     def correlation(self) -> Array:
         """F̂ of Eq. 19, (dim, dim), uncentred also with `center`; zero before the first update."""
-        return self._state.correlation
+        return self._handed_out(self._state.correlation)
 
     @property
     def mean(self) -> Array:
         """Moving average of the features' mean, (dim,); zero before the first update."""
-        return self._state.mean
+        return self._handed_out(self._state.mean)
 
     @property
     def step_count(self) -> int:
@@ -295,8 +178,9 @@ class DirectPred:
         `numpy.savez(path, **state)` and, of arrays of NumPy, `safetensors.numpy.save_file(state,
         path)` take it as it is.
         """
-        state = self._state._replace(step_count=self.step_count, skipped=self.skipped)
-        return to_dict(state, self._accumulated)
+        numbers = {name: int(x) for name, x in zip(State._fields[3:], self._state[3:], strict=True)}
+        arrays = {"correlation": self.correlation, "mean": self.mean, "weight": self.weight}
+        return to_dict(State(**arrays, **numbers), self._accumulated)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a state that was saved from any array library, also that of a torch head.
@@ -314,9 +198,10 @@ class DirectPred:
         loaded, accumulated = from_dict(state, self.dim)
         if self._bound:
             weight = self._state.weight
-            loaded = moved(loaded, weight, weight.dtype)
+            loaded = _counting(moved(loaded, weight, weight.dtype))
             accumulated = accumulated and moved(accumulated, weight, weight.dtype)
         self._state, self._accumulated = loaded, accumulated
+        self._closed = int(loaded.closings)
 
     def __repr__(self) -> str:
         options = ", ".join(f"{name}={value!r}" for name, value in self.options._asdict().items())
@@ -343,14 +228,14 @@ class DirectPred:
         # Some devices, and JAX as it comes, have no float64.
         available = xp.__array_namespace_info__().dtypes(device=device(z), kind="real floating")
         dtype = xp.float64 if double and "float64" in available else xp.float32
-        return moved(state, z, dtype), accumulated and moved(accumulated, z, dtype)
+        return _counting(moved(state, z, dtype)), accumulated and moved(accumulated, z, dtype)
 
     def _gather(self, views: tuple[Array, ...]) -> tuple[State, Moments]:
         """The state in the library of the views, and their moments with those accumulated."""
         self._check(*views)
         state, batch = self._on_library_of(views[0])
         for z in views:
-            gathered = moments(z, state.weight.dtype)
+            gathered = moments(detached(z), state.weight.dtype)
             if self.options.nonfinite == "raise" and not is_finite(gathered):
                 raise ValueError(describe_nonfinite(z))
             batch = gathered if batch is None else merge(batch, gathered)
@@ -358,19 +243,28 @@ class DirectPred:
         return state, batch
 
     def _close(self, state: State, batch: Moments) -> Array:
-        known = self.options.nonfinite == "raise" or on_host(state.weight)
-        state = advance(state, batch, self.options, known)
+        if on_host(state.weight):
+            state = advance(state, batch, self.options, known=True)
+        else:
+            self._recorder = self._recorder or recorder_for(state.weight)
+            state = self._recorder.close(state, batch, self.options, True, self._closed)
         self._state, self._accumulated = state, None
-        return state.weight
+        self._closed += 1
+        return self.weight
+
+    def _handed_out(self, x: Array) -> Array:
+        """An array that later updates leave alone, also where they write the state in place."""
+        in_place = self._recorder is not None and self._recorder.in_place
+        return array_namespace(x).asarray(x, copy=True) if in_place else x
 
 
-def check_dim(dim: int) -> int:
-    """Return dim, or raise where it is no positive integer."""
-    if not isinstance(dim, int) or isinstance(dim, bool):
-        raise TypeError(f"dim must be an integer, got {dim!r}")
-    if dim < 1:
-        raise ValueError(f"dim must be ≥ 1, got {dim}")
-    return dim
+def _counting(state: State) -> State:
+    """A state whose counts are where its arrays are: numbers on the host, else 0-d arrays."""
+    xp, like = array_namespace(state.weight), state.weight
+    if on_host(like):
+        return state
+    counts = (xp.full((), n, device=device(like)) for n in state[3:])
+    return State(*state[:3], *counts)
 
 
 def _name(namespace: Any) -> str:

@@ -10,10 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol, TypeAlias, cast
 
-from array_api_compat import array_namespace, device
-
-from directpred.array import Array, on_host
-from directpred.matrix import largest_eigenvalue, square_root
+from directpred.array import Array, add_product, array_namespace, both, device, on_host
+from directpred.matrix import largest_eigenvalue, powers, square_root
 from directpred.spectrum import Rule
 
 Solver: TypeAlias = Callable[[Array, Rule, Array], Array]
@@ -66,13 +64,16 @@ def matmul(correlation: Array, rule: Rule, noise: Array = 0.0) -> Array:
     """
     xp = array_namespace(correlation)
     form = cast(MatrixRule, rule)
-    largest = largest_eigenvalue(correlation)
     eye = xp.eye(correlation.shape[0], dtype=correlation.dtype, device=device(correlation))
     if form.matrix_power == 1:
+        a = powers(correlation, eye)
         powered = (correlation + correlation.T) / 2  # a product is symmetric only to rounding
-    else:
-        powered = square_root(correlation + noise * eye, largest + noise)
-    return form.matrix(powered, largest, eye)
+        return form.matrix(powered, a.top * largest_eigenvalue(a), eye)
+    a = powers(add_product(correlation, eye, noise), eye)
+    (root, scale), largest = both(lambda: square_root(a), lambda: largest_eigenvalue(a), like=eye)
+    if getattr(form, "normalize", False):
+        return form.matrix(root * (scale * largest) ** -0.5, 1.0, eye)
+    return form.matrix(root * xp.sqrt(a.top / scale), a.top * largest, eye)
 
 
 class MatrixRule(Protocol):
@@ -83,7 +84,7 @@ class MatrixRule(Protocol):
         """Power of the correlation that `matrix` takes: 0.5 or 1; None for no way."""
 
     def matrix(self, powered: Array, largest: Array, eye: Array) -> Array:
-        """The weight from that power of F̂, ‖F̂‖ and I."""
+        """The weight from that power of F̂, ‖F̂‖ and I; of F̂ / ‖F̂‖ if the rule has `normalize`."""
 
 
 def solvable_by_matmul(rule: Rule) -> bool:

@@ -7,7 +7,9 @@ has the same shape and dtype. The weight is then ``U diag(p) Uᵀ``.
 Only the shape of the spectrum matters for a cosine loss: ``p`` and ``c · p`` train alike.
 
 A rule that can be had without eigenvectors says so to the matmul solver: its `matrix_power` is the
-power of the correlation that it needs, 0.5 or 1, and `matrix` makes the weight from that.
+power of the correlation that it needs, 0.5 or 1, and `matrix` makes the weight from that. One that
+depends only on the eigenvalues over the largest says so by `normalize`: the power is then that of
+the correlation over its norm.
 """
 
 from __future__ import annotations
@@ -17,9 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from array_api_compat import array_namespace
-
-from directpred.array import Array
+from directpred.array import Array, add_product, add_scaled, array_namespace
 from directpred.matrix import positive_part
 
 Rule: TypeAlias = Callable[[Array], Array]
@@ -28,31 +28,41 @@ Rule: TypeAlias = Callable[[Array], Array]
 
 @dataclass(frozen=True)
 class Eq18:
-    """Equation 18 of the paper: p_j = √s_j + eps · max_j s_j.
+    """Equation 18 of the paper over the largest eigenvalue: p_j = √(s_j / s_max) + eps.
 
-    As a matrix function, W_p = F̂^½ + eps · ‖F̂‖ · I. The second term grows faster with the scale
-    of the features than the first; `DirectSet` is the same rule without that dependence.
+    This is what the published code computes. As a matrix function, W_p = (F̂ / ‖F̂‖)^½ + eps · I,
+    whatever the scale of the features. A correlation of zero counts as s_j / s_max = 1.
 
-    Source: Tian, Chen, Ganguli, ICML 2021 (arXiv 2102.06810), Eq. 18.
+    The printed equation, with `normalize=False`, is p_j = √s_j + eps · s_max. Its second term
+    outgrows the first for large features, whose weight then is nearly a multiple of I.
+
+    Source: Tian, Chen, Ganguli, ICML 2021 (arXiv 2102.06810), Eq. 18, and the code published with it.
 
     Attributes:
-        eps: Boost of all eigenvalues, ≥ 0, relative to the largest eigenvalue of F̂.
+        eps: Boost of all eigenvalues, ≥ 0.
+        normalize: Whether the eigenvalues are taken over the largest.
     """
 
     eps: float = 0.1
+    normalize: bool = True
 
     def __post_init__(self) -> None:
         _require("eps", self.eps, self.eps >= 0, "≥ 0")
 
     def __call__(self, s: Array) -> Array:
         """Map eigenvalues (dim,), ascending and ≥ 0, to those of the weight (dim,)."""
-        return array_namespace(s).sqrt(s) + self.eps * s[-1]
+        sqrt = array_namespace(s).sqrt
+        if self.normalize:
+            return sqrt(_over_largest(s)) + self.eps
+        return sqrt(s) + self.eps * s[-1]
 
     matrix_power = 0.5
 
     def matrix(self, powered: Array, largest: Array, eye: Array) -> Array:
-        """W_p from F̂^½, ‖F̂‖ (0-d) and I; the matrices are (dim, dim)."""
-        return powered + (self.eps * largest) * eye
+        """W_p from F̂^½, ‖F̂‖ (0-d) and I, or with `normalize` from (F̂ / ‖F̂‖)^½, 1 and I."""
+        if self.normalize:
+            return add_scaled(powered, eye, self.eps)
+        return add_product(powered, eye, largest, self.eps)
 
 
 @dataclass(frozen=True)
@@ -85,7 +95,7 @@ class DirectSet:
 
     def matrix(self, powered: Array, largest: Array, eye: Array) -> Array:
         """W_p from F̂^α, ‖F̂‖ (0-d) and I; the matrices are (dim, dim)."""
-        return powered + (self.eps * largest**self.alpha) * eye
+        return add_product(powered, eye, largest**self.alpha, self.eps)
 
 
 @dataclass(frozen=True)
@@ -111,7 +121,7 @@ class DirectCopy:
 
     def matrix(self, powered: Array, largest: Array, eye: Array) -> Array:
         """W_p from F̂, ‖F̂‖ (0-d) and I; the matrices are (dim, dim)."""
-        return powered + (self.eps * largest) * eye
+        return add_product(powered, eye, largest, self.eps)
 
 
 @dataclass(frozen=True)
@@ -119,7 +129,7 @@ class BoostScale:
     """What the published code computes, which differs from the printed Eq. 18.
 
     p_j = max((s_j / s_max)^power + eps, floor), or with ``inside``
-    p_j = max(s_j / s_max + eps, floor)^power. A correlation of zero counts as s_j / s_max = 0.
+    p_j = max(s_j / s_max + eps, floor)^power. A correlation of zero counts as s_j / s_max = 1.
 
     Source: the trainer published with the paper, option ``boost_scale``.
 
@@ -135,6 +145,8 @@ class BoostScale:
     inside: bool = False
     floor: float = 1e-4
 
+    normalize = True
+
     def __post_init__(self) -> None:
         _require("eps", self.eps, True, "a finite number")
         _require("power", self.power, self.power > 0, "> 0")
@@ -143,7 +155,7 @@ class BoostScale:
     def __call__(self, s: Array) -> Array:
         """Map eigenvalues (dim,), ascending and ≥ 0, to those of the weight (dim,)."""
         xp = array_namespace(s)
-        scaled = s / xp.where(s[-1] > 0, s[-1], xp.ones_like(s[-1]))
+        scaled = _over_largest(s)
         if self.inside:
             return xp.clip(scaled + self.eps, min=self.floor) ** self.power
         return xp.clip(scaled**self.power + self.eps, min=self.floor)
@@ -158,13 +170,19 @@ class BoostScale:
         return 0.5 if self.power == 0.5 and not self.inside and self.eps >= -0.3 else None
 
     def matrix(self, powered: Array, largest: Array, eye: Array) -> Array:
-        """W_p from F̂^½, ‖F̂‖ (0-d) and I; the matrices are (dim, dim)."""
-        xp = array_namespace(powered)
-        scaled = powered / xp.sqrt(xp.where(largest > 0, largest, xp.ones_like(largest)))
+        """W_p from (F̂ / ‖F̂‖)^½, 1 and I; the matrices are (dim, dim)."""
         above = self.eps - self.floor
         if above >= 0:
-            return scaled + self.eps * eye
-        return self.floor * eye + positive_part(scaled + above * eye)
+            return add_scaled(powered, eye, self.eps)
+        return add_scaled(positive_part(add_scaled(powered, eye, above)), eye, self.floor)
+
+
+def _over_largest(s: Array) -> Array:
+    """Eigenvalues (dim,), ascending and ≥ 0, over the largest; all 1 where they are all 0."""
+    xp = array_namespace(s)
+    positive = s[-1] > 0
+    one = xp.ones_like(s)
+    return xp.where(positive, s, one) / xp.where(positive, s[-1], one[-1])
 
 
 def _require(name: str, value: float, holds: bool, expected: str) -> None:

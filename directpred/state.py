@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-from array_api_compat import array_namespace, device, is_array_api_obj, is_jax_array, to_device
+from array_api_compat import is_array_api_obj, is_jax_array, to_device
 
-from directpred.array import Array, on_host
+from directpred.array import Array, array_namespace, device, on_host
 from directpred.correlation import UNIT, Moments
 
-VERSION = 2
-"""Since 2 `accumulated_outer` is in the unit of `Moments`; in 1 it is the plain sum Σ z zᵀ."""
+VERSION = 3
+"""Since 3 `closings` are saved; a state from before has closed step_count + skipped steps. Since 2
+`accumulated_outer` is in the unit of `Moments`; in 1 it is the plain sum Σ z zᵀ."""
 
 
 class State(NamedTuple):
@@ -22,8 +23,9 @@ class State(NamedTuple):
         correlation: F̂ of Eq. 19, uncentred, (dim, dim).
         mean: Mean of the features under the same moving average, (dim,).
         weight: W_p, (dim, dim).
-        step_count: Number of steps that entered F̂; a number or a 0-d array.
+        step_count: Number of steps that entered F̂; a number, or a 0-d array on a device.
         skipped: Number of steps left out because they were not finite; likewise.
+        closings: Number of steps closed, whatever they held, on which `freq` counts; likewise.
     """
 
     correlation: Array
@@ -31,6 +33,7 @@ class State(NamedTuple):
     weight: Array
     step_count: Array
     skipped: Array
+    closings: Array
 
 
 Arrays = TypeVar("Arrays", State, Moments)
@@ -39,7 +42,7 @@ Arrays = TypeVar("Arrays", State, Moments)
 def initial_state(dim: int) -> State:
     """The state before the first step, in float32 NumPy arrays: the weight is the identity."""
     eye = np.eye(dim, dtype=np.float32)
-    return State(np.zeros_like(eye), np.zeros_like(eye[0]), eye, 0, 0)
+    return State(np.zeros_like(eye), np.zeros_like(eye[0]), eye, 0, 0, 0)
 
 
 def to_numpy(x: Any) -> np.ndarray[Any, Any]:
@@ -93,17 +96,15 @@ def from_dict(entries: Mapping[str, Any], dim: int) -> tuple[State, Moments | No
             is not one that this release knows.
     """
     version = to_numpy(entries.get("version")).tolist()
-    if version not in (1, VERSION):
-        raise ValueError(
-            f"expected a DirectPred state of version {VERSION} or version 1, got {version!r}"
-        )
+    if version not in range(1, VERSION + 1):
+        raise ValueError(f"expected a DirectPred state of version 1 to {VERSION}, got {version!r}")
     shapes = {
         "correlation": (dim, dim),
         "mean": (dim,),
         "weight": (dim, dim),
         "step_count": (),
         "skipped": (),
-    }
+    } | ({"closings": ()} if version >= 3 else {})
     if any(name.startswith("accumulated_") for name in entries):
         shapes |= {
             "accumulated_outer": (dim, dim),
@@ -124,5 +125,8 @@ def from_dict(entries: Mapping[str, Any], dim: int) -> tuple[State, Moments | No
             raise ValueError(f"{name} must be a whole number ≥ 0, got {x}")
     if version == 1 and "accumulated_outer" in arrays:
         arrays["accumulated_outer"] = arrays["accumulated_outer"] * UNIT
-    values = [x if x.ndim else int(x) for x in arrays.values()]
-    return State(*values[:5]), Moments(*values[5:]) if values[5:] else None
+    values = {name: x if x.ndim else int(x) for name, x in arrays.items()}
+    if version < 3:
+        values["closings"] = values["step_count"] + values["skipped"]
+    state = State(**{name: values.pop(name) for name in State._fields})
+    return state, Moments(*values.values()) if values else None

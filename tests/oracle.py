@@ -7,8 +7,14 @@ to rounding also where s is 0; the package decomposes the correlation itself.
 import numpy as np
 
 
-def eq18(s, eps):
-    return np.array([value**0.5 + eps * max(s) for value in s])
+def eq18(s, eps, normalize=True):
+    if not normalize:  # the printed equation
+        return np.array([value**0.5 + eps * max(s) for value in s])
+    return np.array([value**0.5 + eps for value in over_largest(s)])
+
+
+def over_largest(s):
+    return [value / max(s) if max(s) > 0 else 1.0 for value in s]
 
 
 def directset(s, alpha, eps):
@@ -21,13 +27,12 @@ def directcopy(s, eps):
 
 
 def boost_scale(s, eps, power, inside, floor):
-    top = max(s) if max(s) > 0 else 1.0
     p = []
-    for value in s:
+    for value in over_largest(s):
         if inside:
-            p.append(max(value / top + eps, floor) ** power)
+            p.append(max(value + eps, floor) ** power)
         else:
-            p.append(max((value / top) ** power + eps, floor))
+            p.append(max(value**power + eps, floor))
     return np.array(p)
 
 

@@ -28,7 +28,7 @@ def spectra(rng, dim):
 
 @pytest.mark.parametrize("dim", [1, 2, 128])
 @pytest.mark.parametrize(("dtype", "bound"), [("float64", 1e-10), ("float32", 1e-5)])
-@pytest.mark.parametrize(("rule", "expected"), RULES[:2] + RULES[5:8], ids=named)
+@pytest.mark.parametrize(("rule", "expected"), RULES[:3] + RULES[6:9], ids=named)
 def test_eigh_equals_the_oracle(backend, dim, dtype, bound, rule, expected, rng):
     for name, s in spectra(rng, dim).items():
         u = random_basis(rng, dim)
@@ -53,6 +53,8 @@ def spectral_norm(symmetric):
 BY_MATMUL = [
     (dp.Eq18(), lambda s: oracle.eq18(s, 0.1)),
     (dp.Eq18(eps=0.0), lambda s: oracle.eq18(s, 0.0)),
+    (dp.Eq18(normalize=False), lambda s: oracle.eq18(s, 0.1, normalize=False)),
+    (dp.Eq18(0.0, normalize=False), lambda s: oracle.eq18(s, 0.0, normalize=False)),
     (dp.DirectSet(), lambda s: oracle.directset(s, 0.5, 0.1)),
     (dp.DirectSet(alpha=1, eps=0.2), lambda s: oracle.directset(s, 1, 0.2)),
     (dp.DirectCopy(), lambda s: oracle.directcopy(s, 0.3)),
@@ -93,7 +95,7 @@ def test_matmul_in_float32_for_drawn_spectra(rule, expected, data):
     assert spectral_norm(weight - exact) <= 1e-3 * spectral_norm(exact)
 
 
-@pytest.mark.parametrize(("rule", "expected"), [BY_MATMUL[0], BY_MATMUL[6]], ids=named)
+@pytest.mark.parametrize(("rule", "expected"), [BY_MATMUL[0], BY_MATMUL[8]], ids=named)
 def test_matmul_in_float32_at_dim_1024(rule, expected, rng):
     u = random_basis(rng, 1024)
     drawn = spectra(rng, 1024)
@@ -165,8 +167,13 @@ def test_a_rule_of_another_shape_is_named(backend, rule):
         SOLVERS["eigh"](backend.array(np.eye(3)), rule)
 
 
-def test_scale_of_the_features_matters_to_eq18_and_not_to_directset():
+def test_scale_of_the_features_matters_to_the_printed_equation_alone():
     s = np.array([0.5, 1.0])
-    for rule, invariant in [(dp.Eq18(), False), (dp.DirectSet(), True)]:
+    for rule, invariant in [
+        (dp.Eq18(), True),
+        (dp.Eq18(normalize=False), False),
+        (dp.DirectSet(), True),
+        (dp.BoostScale(), True),
+    ]:
         shape = [rule(c * s) / rule(c * s)[-1] for c in (1, 100)]
         assert np.allclose(*shape) is invariant

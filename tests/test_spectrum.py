@@ -9,6 +9,7 @@ import oracle
 RULES = [
     (dp.Eq18(), lambda s: oracle.eq18(s, 0.1)),
     (dp.Eq18(eps=0.0), lambda s: oracle.eq18(s, 0.0)),
+    (dp.Eq18(normalize=False), lambda s: oracle.eq18(s, 0.1, normalize=False)),
     (dp.DirectSet(), lambda s: oracle.directset(s, 0.5, 0.1)),
     (dp.DirectSet(alpha=0.25, eps=0.0), lambda s: oracle.directset(s, 0.25, 0.0)),
     (dp.DirectSet(alpha=2, eps=0.3), lambda s: oracle.directset(s, 2, 0.3)),

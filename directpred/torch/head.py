@@ -7,32 +7,24 @@ step before and gather statistics; backward; optimizer step; then the new weight
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, Literal, NoReturn, TypeAlias
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NoReturn
 
-import array_api_compat
-import array_api_compat.torch
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from directpred.array import on_host
-from directpred.correlation import (
-    Moments,
-    check_features,
-    describe_nonfinite,
-    is_finite,
-    merge,
-    moments,
-)
-from directpred.predictor import NonFinite, Options, advance, check_dim
-from directpred.ranks import several, sum_over_ranks
+from directpred.correlation import Moments, is_finite, merge, moments
+from directpred.features import check_dim, check_features, describe_nonfinite
+from directpred.method import NonFinite, Options, advance
+from directpred.recorded import Recorder, written
 from directpred.spectrum import Eq18, Rule
 from directpred.state import State, from_dict, initial_state, moved, to_dict
-
-__all__ = ["DirectPredHead", "step"]
+from directpred.torch.closing import Attached, Pending, attached, close_by_hand
+from directpred.torch.graph import capturing, record
+from directpred.torch.precision import full_precision
+from directpred.torch.ranks import several
 
 
 class DirectPredHead(nn.Module):
@@ -82,6 +74,9 @@ class DirectPredHead(nn.Module):
             on a GPU needs no synchronisation with the host; or "raise" a `ValueError` in the
             forward pass, and with several ranks when the step is closed.
         process_group: The ranks to merge over; by default all.
+        graphs: Whether a CUDA graph is recorded of the closing of a step, after two of them, and
+            replayed from then on. The environment variable ``DIRECTPRED_GRAPHS=0`` turns it off
+            too. A rule that needs an eigendecomposition cannot be recorded.
         device: Of the state.
         dtype: Of the state, float32 (the default) or float64.
 
@@ -91,6 +86,7 @@ class DirectPredHead(nn.Module):
         mean: Moving average of the features' mean, (dim,).
         step_count: Number of steps that entered F̂, 0-d int64.
         skipped: Number of steps left out because they were not finite, 0-d int64.
+        closings: Number of steps closed, whatever they held, on which freq counts, 0-d int64.
 
     Raises:
         TypeError, ValueError: An option is of the wrong type or out of range.
@@ -101,11 +97,13 @@ class DirectPredHead(nn.Module):
     mean: Tensor
     step_count: Tensor
     skipped: Tensor
+    closings: Tensor
 
     def __init__(
         self,
         dim: int,
         rule: Rule = Eq18(),  # noqa: B008 - frozen
+        *,
         rho: float = 0.3,
         freq: int = 1,
         between: Literal["hold", "train"] = "hold",
@@ -113,6 +111,7 @@ class DirectPredHead(nn.Module):
         solver: str = "auto",
         nonfinite: NonFinite = "skip",
         process_group: dist.ProcessGroup | None = None,
+        graphs: bool = True,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -126,9 +125,9 @@ class DirectPredHead(nn.Module):
         self.between = between
         self.process_group = process_group
         for name, value in initial_state(dim)._asdict().items():
-            floating = name not in ("step_count", "skipped")
+            counts = isinstance(value, int)
             tensor = torch.as_tensor(
-                value, device=device, dtype=(dtype or torch.float32) if floating else torch.int64
+                value, device=device, dtype=torch.int64 if counts else dtype or torch.float32
             )
             if name == "weight" and between == "train":
                 self.register_parameter(name, nn.Parameter(tensor))
@@ -139,6 +138,9 @@ class DirectPredHead(nn.Module):
         self._backward_seen = False
         self._stepped_by_hand = False
         self._optimizer: weakref.ref[torch.optim.Optimizer] | None = None
+        self._recorder = Recorder(record if graphs else None)
+        # `closings`, known without a synchronisation; None where only the device knows.
+        self._closed: int | None = 0
 
     def forward(self, z: Tensor) -> Tensor:
         """Predict: z @ weight; in training mode also gather the statistics of z.
@@ -189,7 +191,7 @@ class DirectPredHead(nn.Module):
             RuntimeError: A rank is gone, or did not close the step within the timeout of the
                 process group.
         """
-        _close_by_hand([self])
+        close_by_hand([self])
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """Close a step after every `optimizer.step()`; replaces an earlier attachment.
@@ -210,13 +212,13 @@ class DirectPredHead(nn.Module):
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
         self.detach()
-        _closings.setdefault(optimizer, _Closing()).add(self, optimizer)
+        attached.setdefault(optimizer, Attached()).add(self, optimizer)
         self._optimizer = weakref.ref(optimizer)
 
     def detach(self) -> None:
         """Undo `attach`; without effect where there is no attachment."""
         if self._optimizer is not None and (optimizer := self._optimizer()) is not None:
-            _closings[optimizer].remove(self)
+            attached[optimizer].remove(self)
         self._optimizer = None
 
     def extra_repr(self) -> str:
@@ -232,13 +234,13 @@ class DirectPredHead(nn.Module):
         optimizer = self._optimizer() if self._optimizer is not None else None
         if optimizer is None:
             if not self._stepped_by_hand:
-                _close(*_merge([self]))
+                Pending([self]).close()
         elif all(p.grad is None for group in optimizer.param_groups for p in group["params"]):
             self._drop()
 
     @torch.no_grad()
     def _gather(self, z: Tensor) -> None:
-        with _full_precision(z.device):
+        with full_precision(z.device):
             gathered = moments(z, self.correlation.dtype)
         # Among ranks the step raises, on all of them: one that raised here would leave the others
         # waiting for it.
@@ -254,35 +256,35 @@ class DirectPredHead(nn.Module):
         self._gathered, self._backward_seen = None, False
 
     @torch.no_grad()
-    def _advance(self, batch: Moments, abandoned: Tensor | None) -> None:
-        """Close the step; where `abandoned` (0-d bool) holds, without any change to the state."""
+    def _close(self, batch: Moments, skipped: Tensor | None) -> None:
+        """Close the step; where `skipped` (0-d bool) holds, the batch does not enter."""
         self._drop()
         if hasattr(self.weight, "full_tensor"):  # a DTensor
             raise TypeError(
                 "fully_shard has sharded the weight of a head with between='train': take 'hold', "
                 "with which it is a buffer"
             )
-        if isinstance(batch.rows, Tensor):  # of all ranks, which may have none
-            empty = batch.rows == 0
-            abandoned = empty if abandoned is None else abandoned | empty
-        # On the host the values are known, and what is not due need not be computed.
-        known = self.options.nonfinite == "raise" or (
-            on_host(self.weight) and not torch.compiler.is_compiling()
-        )
-        before = self._state()
-        if known:
-            if abandoned:
-                return
-            if self.options.nonfinite == "raise" and not is_finite(batch):
-                raise ValueError("the features of the step, or their correlation, are not finite")
-            before = before._replace(step_count=int(self.step_count), skipped=int(self.skipped))
-        with _full_precision(self.weight.device):
-            after = advance(before, batch, self.options, known)
-        for name, value in after._asdict().items():
-            old = getattr(self, name)
-            new = torch.as_tensor(value, device=old.device)
-            # In place, so that a captured CUDA graph and references to the buffer stay valid.
-            old.copy_(new if known or abandoned is None else torch.where(abandoned, old, new))
+        # Of all ranks, which may have no rows.
+        counts: Any = batch.rows > 0 if isinstance(batch.rows, Tensor) else True
+        if skipped is not None:
+            counts = ~skipped & counts
+        state = self._state()
+        # Nobody is there to decide or to raise when it runs.
+        unattended = torch.compiler.is_compiling() or capturing(self.weight)
+        with full_precision(self.weight.device):
+            if unattended and self.options.nonfinite == "skip":
+                self._closed = None
+                written(state, advance(state, batch, self.options, False, counts))
+            elif on_host(self.weight):
+                numbers = {name: int(getattr(state, name)) for name in State._fields[3:]}
+                after = advance(state._replace(**numbers), batch, self.options, True, counts)
+                for tensor, value in zip(state, after, strict=True):
+                    # In place, so that references to the buffer stay valid.
+                    tensor.fill_(value) if isinstance(value, int) else tensor.copy_(value)
+            else:
+                closed = int(self.closings) if self._closed is None else self._closed
+                self._recorder.close(state, batch, self.options, counts, closed)
+                self._closed = closed + 1
 
     def _state(self) -> State:
         return State(*(getattr(self, name).detach() for name in State._fields))
@@ -343,6 +345,7 @@ class DirectPredHead(nn.Module):
         with torch.no_grad():
             for name, value in state._asdict().items():
                 getattr(self, name).copy_(torch.as_tensor(value))
+        self._closed = state.closings
         self._gathered = gathered
         self._backward_seen = False
 
@@ -353,154 +356,10 @@ class DirectPredHead(nn.Module):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles: an optimizer's hook belongs to the original."""
-        return {**self.__dict__, "_optimizer": None}
-
-
-def step(model: nn.Module) -> None:
-    """Close the step of every head in a model, with one collective over the ranks for all of them.
-
-    For a training loop that attaches its heads to no optimizer; see `DirectPredHead.step`.
-
-    Args:
-        model: A module with heads anywhere in it.
-
-    Raises:
-        ValueError: There is no head in the model; or as `DirectPredHead.step`.
-        RuntimeError: As `DirectPredHead.step`.
-    """
-    heads = [module for module in model.modules() if isinstance(module, DirectPredHead)]
-    if not heads:
-        raise ValueError(f"there is no DirectPredHead in {type(model).__name__}")
-    _close_by_hand(heads)
-
-
-def _close_by_hand(heads: Sequence[DirectPredHead]) -> None:
-    for head in heads:
-        head._stepped_by_hand = True
-    _close(*_merge(heads))
-
-
-Merging: TypeAlias = Callable[[], Sequence[Moments | None]]
-"""Waits for what each of some heads has gathered on all ranks; None for nothing."""
-
-
-def _merge(heads: Sequence[DirectPredHead]) -> tuple[Sequence[DirectPredHead], Merging]:
-    """Start to merge what heads have gathered over the ranks, those without rows included."""
-    gathered = [head._gathered for head in heads]
-    apart = [i for i, head in enumerate(heads) if several(head.process_group)]
-    if not apart:
-        return heads, lambda: gathered
-    with torch.no_grad():
-        wait = sum_over_ranks(
-            [gathered[i] or heads[i]._nothing() for i in apart],
-            [heads[i].process_group for i in apart],
-        )
-
-    def merged() -> Sequence[Moments | None]:
-        sums = dict(zip(apart, wait(), strict=True))
-        return [sums.get(i, batch) for i, batch in enumerate(gathered)]
-
-    return heads, merged
-
-
-def _close(
-    heads: Sequence[DirectPredHead], merging: Merging, abandoned: Tensor | None = None
-) -> None:
-    """Close the step of all the heads; one that raises does not keep the others from it."""
-    error: ValueError | None = None
-    for head, batch in zip(heads, merging(), strict=True):
-        try:
-            if batch is not None:
-                head._advance(batch, abandoned)
-        except ValueError as raised:
-            error = error or raised
-    if error is not None:
-        raise error
-
-
-class _Closing:
-    """The hooks of one optimizer that close the step of the heads attached to it."""
-
-    def __init__(self) -> None:
-        self.heads: list[weakref.ref[DirectPredHead]] = []
-        self.underway: tuple[Sequence[DirectPredHead], Merging] | None = None
-        self.handles: list[RemovableHandle] = []
-
-    def add(self, head: DirectPredHead, optimizer: torch.optim.Optimizer) -> None:
-        self.heads.append(weakref.ref(head))
-        if not self.handles:
-            self.handles = [
-                optimizer.register_step_pre_hook(self.before),
-                optimizer.register_step_post_hook(self.after),
-            ]
-
-    def remove(self, head: DirectPredHead) -> None:
-        self.heads = [each for each in self.heads if each() not in (None, head)]
-        if not self.heads:
-            for handle in self.handles:
-                handle.remove()
-            self.handles = []
-
-    def before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-        if closure is None:  # a closure's forward passes are still to come
-            self.underway = self.merge()
-
-    def after(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        heads, merging = self.underway or self.merge()
-        self.underway = None
-        # Set by a gradient scaler on optimizers that do the skipping themselves (fused).
-        found_inf = getattr(optimizer, "found_inf", None)
-        _close(heads, merging, None if found_inf is None else found_inf.any())
-
-    def merge(self) -> tuple[Sequence[DirectPredHead], Merging]:
-        return _merge([head for each in self.heads if (head := each()) is not None])
-
-
-_closings: weakref.WeakKeyDictionary[torch.optim.Optimizer, _Closing] = weakref.WeakKeyDictionary()
+        """For copies and pickles: an optimizer's hook and a recording belong to the original."""
+        return {**self.__dict__, "_optimizer": None, "_recorder": self._recorder.afresh()}
 
 
 def _in_backward() -> bool:
     """Tell whether this runs within a backward pass, as `torch.utils.checkpoint` tells it."""
     return bool(torch._C._current_graph_task_id() != -1)
-
-
-@contextmanager
-def _full_precision(device: torch.device) -> Iterator[None]:
-    """Multiply float32 as float32: neither in autocast's dtype nor in TF32 or bfloat16.
-
-    Code being compiled keeps the precision that the user has set, which dynamo cannot change.
-    """
-    with torch.autocast(device.type, enabled=False):
-        if torch.compiler.is_compiling():
-            yield
-            return
-        before = [(matmul, matmul.fp32_precision) for matmul in _MATMULS]
-        for matmul in _MATMULS:
-            matmul.fp32_precision = "ieee"
-        try:
-            yield
-        finally:
-            for matmul, precision in before:
-                matmul.fp32_precision = precision
-
-
-_MATMULS: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
-
-
-def _as_constants() -> None:
-    """Tell dynamo what array-api-compat finds out about tensors, by caches it warns about."""
-
-    def namespace(*xs: Tensor, **kwargs: Any) -> Any:
-        return array_api_compat.torch
-
-    for original, known in (
-        (array_api_compat.array_namespace, namespace),
-        (array_api_compat.is_array_api_obj, lambda x: isinstance(x, Tensor)),
-        (array_api_compat.device, lambda x: x.device),
-    ):
-        torch.compiler.substitute_in_graph(original, skip_signature_check=True)(known)
-
-
-_as_constants()
