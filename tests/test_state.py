@@ -176,7 +176,7 @@ def test_a_state_of_version_1_still_loads(backend, rng, numbers):
 
 
 def test_the_unit_of_the_sums_is_that_of_version_2(rng):
-    entries = dp.DirectPred(DIM).state_dict() | {
+    entries = {k: v for k, v in dp.DirectPred(DIM).state_dict().items() if k != "closings"} | {
         "accumulated_outer": np.eye(DIM),
         "accumulated_total": np.zeros(DIM),
         "accumulated_rows": 3,
@@ -185,6 +185,17 @@ def test_the_unit_of_the_sums_is_that_of_version_2(rng):
         _, accumulated = core.from_dict(entries | {"version": version}, DIM)
         assert isinstance(accumulated, Moments)
         np.testing.assert_array_equal(accumulated.outer, unit * np.eye(DIM))
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_state_from_before_version_3_has_closed_what_it_counts(version):
+    entries = {k: v for k, v in dp.DirectPred(DIM).state_dict().items() if k != "closings"}
+    entries |= {"version": version, "step_count": 7, "skipped": 2}
+    predictor = dp.DirectPred(DIM)
+    predictor.load_state_dict(entries)
+    assert predictor.state_dict()["closings"] == 9
+    with pytest.raises(ValueError, match=r"missing \['closings'\]"):
+        predictor.load_state_dict(entries | {"version": 3})
 
 
 def test_a_loaded_open_step_that_is_closed_binds_to_no_library(backend, rng):
