@@ -7,10 +7,8 @@ the backward pass to the features, and the update: an optimizer's step, or the n
 
 from __future__ import annotations
 
-import inspect
 import itertools
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,9 +31,6 @@ REFERENCE = "DirectPred"
 
 NO_GRAPH = "DirectPred, no graph"
 """The same where every closing launches its kernels one by one; on a GPU only."""
-
-# Until the head has the option: then `graphs` goes to it as it is, and this line goes.
-HAS_GRAPHS = "graphs" in inspect.signature(DirectPredHead).parameters
 
 HIDDEN = {128: 512, 256: 4096, 2048: 512}
 """Width of the learned 2-layer predictor: of the published code, of BYOL, of SimSiam."""
@@ -68,8 +63,10 @@ def build(name: str, dim: int, device: str = "cpu", freq: int = 1) -> tuple[nn.M
         rule = dp.DirectCopy() if name == "DirectCopy" else dp.Eq18()
         variant = name.partition(", ")[2]
         solver = variant if variant in ("eigh", "matmul") else "auto"
-        graphs: dict[str, Any] = {"graphs": name != NO_GRAPH} if HAS_GRAPHS else {}
-        head = DirectPredHead(dim, rule=rule, freq=freq, solver=solver, device=device, **graphs)
+        graphs = name != NO_GRAPH
+        head = DirectPredHead(
+            dim, rule=rule, freq=freq, solver=solver, graphs=graphs, device=device
+        )
         return head, head.step
     learned = nn.Linear(dim, dim, bias=False) if name == "learned linear" else two_layer(dim)
     learned.to(device)

@@ -38,7 +38,7 @@ from benches.report import table  # noqa: E402
 Matrix = np.ndarray[Any, Any]
 
 RULES: dict[str, tuple[dp.Rule, Callable[[Matrix], Matrix]]] = {
-    "Eq18": (dp.Eq18(eps=0.1), lambda s: s**0.5 + 0.1 * s.max()),
+    "Eq18": (dp.Eq18(eps=0.1), lambda s: (s / s.max()) ** 0.5 + 0.1),
     "DirectSet": (dp.DirectSet(eps=0.1), lambda s: s**0.5 + 0.1 * s.max() ** 0.5),
 }
 
@@ -145,10 +145,10 @@ def soak(run: Run) -> Worst:
             rho = run.rho if steps else 0.0
             wide = z.astype(np.float64)
             correlation = rho * correlation + (1 - rho) / len(z) * (wide.T @ wide)
-            if steps % (run.freq * run.every) == 0:
-                worst.see(**compare(predictor, correlation, exact_rule))
-                worst.checks += 1
             steps += 1
+        if update % (run.freq * run.every) == 0 and steps:
+            worst.see(**compare(predictor, correlation, exact_rule))
+            worst.checks += 1
         if update == run.updates // 10:
             memory = peak_memory()
     worst.memory = peak_memory() - memory

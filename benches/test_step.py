@@ -10,7 +10,7 @@ import torch
 from benches.conftest import Bench
 from benches.predictors import HIDDEN, NAMES, NO_GRAPH, REFERENCE, features, step, synchronize
 from benches.published import stored_bytes
-from directpred.correlation import moments, moving_average
+from directpred.correlation import UNIT, moments, moving_average
 from directpred.solvers import SOLVERS
 from directpred.spectrum import Eq18
 
@@ -46,7 +46,7 @@ def test_part(bench: Bench, device: str, name: str) -> None:
         "forward": lambda: z @ weight,
         "backward": lambda: other @ weight.T,
         "correlation": lambda: moments(z, torch.float32),
-        "moving average": lambda: moving_average(correlation, correlation, rows, 0.3),
+        "moving average": lambda: moving_average(correlation, correlation, 0.3, 0.7 / rows, UNIT),
         "solve": lambda: SOLVERS["auto"](correlation, Eq18()),
     }
 
