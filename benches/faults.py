@@ -38,13 +38,15 @@ import numpy as np
 import torch
 from PIL import Image
 
+sys.path.append(str(Path(__file__).parents[1]))  # where `benches` is, for a script
+
+from benches.report import table
 from directpred.reference_trainers import checkpoint
 from directpred.reference_trainers.cli import main as directpred
 from directpred.reference_trainers.errors import UserError
 from directpred.reference_trainers.recipe import Recipe
 from directpred.reference_trainers.siamese import Siamese
 from directpred.reference_trainers.train import fit
-from report import table
 
 RESULTS = Path(__file__).parent / "results" / "faults.md"
 OPTIONS = ["--epochs", "4", "--evaluate-every", "4", "--probe", "sgd"]  # sgd: a quick evaluation

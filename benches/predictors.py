@@ -1,8 +1,8 @@
 """The predictors that are measured, each as a closure that takes one whole step.
 
-A step is the forward pass of the predictor, the cosine loss to fixed targets, the backward pass to
-the features, and the update: an optimizer's step, or the new weight. `identity` has no predictor:
-what it costs is the loss, and nobody can be below it.
+A step is the forward pass of the predictor on one view or two, the cosine loss to fixed targets,
+the backward pass to the features, and the update: an optimizer's step, or the new weight.
+`identity` has no predictor: what it costs is the loss, and nobody can be below it.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 import directpred as dp
+from benches.published import Published
 from directpred.torch import DirectPredHead
-from published import Published
 
 NAMES = [
     "identity",
@@ -28,6 +28,9 @@ NAMES = [
 ]
 REFERENCE = "DirectPred"
 """DirectPred with solver="auto": what the others are compared to."""
+
+NO_GRAPH = "DirectPred, no graph"
+"""The same where every closing launches its kernels one by one; on a GPU only."""
 
 HIDDEN = {128: 512, 256: 4096, 2048: 512}
 """Width of the learned 2-layer predictor: of the published code, of BYOL, of SimSiam."""
@@ -49,7 +52,7 @@ def two_layer(dim: int) -> nn.Module:
     )
 
 
-def build(name: str, dim: int, device: str = "cpu") -> tuple[nn.Module, Update]:
+def build(name: str, dim: int, device: str = "cpu", freq: int = 1) -> tuple[nn.Module, Update]:
     """Make the predictor of that name, and what updates it after a backward pass."""
     if name == "identity":
         return nn.Identity(), lambda: None
@@ -58,8 +61,12 @@ def build(name: str, dim: int, device: str = "cpu") -> tuple[nn.Module, Update]:
         return published, published.step
     if name.startswith("Direct"):
         rule = dp.DirectCopy() if name == "DirectCopy" else dp.Eq18()
-        solver = name.partition(", ")[2] or "auto"
-        head = DirectPredHead(dim, rule=rule, solver=solver, device=device)
+        variant = name.partition(", ")[2]
+        solver = variant if variant in ("eigh", "matmul") else "auto"
+        graphs = name != NO_GRAPH
+        head = DirectPredHead(
+            dim, rule=rule, freq=freq, solver=solver, graphs=graphs, device=device
+        )
         return head, head.step
     learned = nn.Linear(dim, dim, bias=False) if name == "learned linear" else two_layer(dim)
     learned.to(device)
@@ -94,17 +101,27 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def step(name: str, dim: int, rows: int, device: str = "cpu") -> Callable[[], None]:
-    """Make the closure that takes one step of the predictor of that name."""
+def step(name: str, dim: int, rows: int, device: str = "cpu", views: int = 1) -> Callable[[], None]:
+    """Make the closure that takes one step of the predictor of that name.
+
+    Args:
+        name: The predictor.
+        dim: Width of the features.
+        rows: Of each view.
+        device: Where.
+        views: Forward passes in a step; one backward pass and one update follow.
+    """
     batches = features(dim, rows, device)
     target = batches[-1].roll(1, dims=0)
     stream = itertools.cycle([z.requires_grad_() for z in batches])
     predictor, update = build(name, dim, device)
 
     def run() -> None:
-        z = next(stream)
-        z.grad = None
-        loss(predictor(z), target).backward()
+        losses = []
+        for z in itertools.islice(stream, views):
+            z.grad = None
+            losses.append(loss(predictor(z), target))
+        sum(losses[1:], losses[0]).backward()
         update()
         synchronize(device)
 

@@ -28,8 +28,9 @@ class Published(nn.Module):
         self.correlation: Tensor | None = None
 
     def forward(self, z: Tensor) -> Tensor:
-        """Predict from features (n, dim), and keep them for the step."""
-        self.batch = z.detach()
+        """Predict from features (n, dim) of a view, and keep them for the step."""
+        kept = z.detach()
+        self.batch = kept if self.batch is None else torch.cat([self.batch, kept])
         return self.linear(z)
 
     @torch.no_grad()
@@ -39,6 +40,7 @@ class Published(nn.Module):
         outer = torch.bmm(self.batch.unsqueeze(2), self.batch.unsqueeze(1))
         correlation = outer.mean(dim=0)
         del outer
+        self.batch = None
         if self.correlation is not None:
             correlation = self.rho * self.correlation + (1 - self.rho) * correlation
         self.correlation = correlation

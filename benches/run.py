@@ -1,9 +1,12 @@
 """Run all benches and write benches/results/<device>.json and .md.
 
-python benches/run.py          about 15 minutes on two CPU cores
-python benches/run.py --quick  about 4, a few sizes; writes <device>-quick.*, which git ignores
-python benches/run.py --full   also what takes half a minute a step
-python benches/run.py --gpu    about 4 on a GPU, what runs on it, fewer sizes
+python benches/run.py            about 15 minutes on two CPU cores
+python benches/run.py --quick    about 4, a few sizes; writes <device>-quick.*, which git ignores
+python benches/run.py --full     also what takes half a minute a step
+python benches/run.py --gpu      about 5 on a GPU, what runs on it, fewer sizes
+python benches/run.py --targets  a minute, what the table of targets needs; <device>-targets.*
+
+With --rehearse everything runs a few times only, at one size: whether it runs, not how fast.
 """
 
 from __future__ import annotations
@@ -31,7 +34,9 @@ import cpuinfo  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-from report import markdown  # noqa: E402
+sys.path.append(str(Path(__file__).parents[1]))  # where `benches` is, for a script
+
+from benches.report import markdown  # noqa: E402
 
 BENCHES = Path(__file__).parent
 PACKAGES = [
@@ -88,15 +93,23 @@ def main() -> int:
     how_much.add_argument("--quick", action="store_true", help="a few sizes, a few rounds")
     how_much.add_argument("--full", action="store_true", help="also half a minute a step")
     how_much.add_argument("--gpu", action="store_true", help="what runs on a GPU, fewer sizes")
+    how_much.add_argument("--targets", action="store_true", help="what the targets need; prints")
+    parser.add_argument("--rehearse", action="store_true", help="a few times only: does it run?")
     parser.add_argument("--out", type=Path, default=BENCHES / "results", help="folder")
     options = parser.parse_args()
-    flags = [f"--{name}" for name in ("quick", "full", "gpu") if getattr(options, name)]
+    kinds = [x for x in ("quick", "full", "gpu", "targets", "rehearse") if getattr(options, x)]
+    flags = [f"--{kind}" for kind in kinds]
 
     busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     start = time.perf_counter()
     collector = Collector()
     status = pytest.main(
-        [str(BENCHES), "-q", "-rN", "--benchmark-columns=median,iqr,rounds", *flags],
+        [
+            str(BENCHES),
+            *("-q", "-rN", "-p", "no:cacheprovider", "--import-mode=append"),
+            "--benchmark-columns=median,iqr,rounds",
+            *flags,
+        ],
         plugins=[collector],
     )
     if status == pytest.ExitCode.INTERRUPTED:
@@ -110,6 +123,8 @@ def main() -> int:
         "busy": round(busy, 1),
         "threads": THREADS,
         "gpu": gpu,
+        "graphs": os.environ.get("DIRECTPRED_GRAPHS") != "0",
+        "only_targets": options.targets,
         "versions": versions(),
         "date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
         "command": " ".join(["python benches/run.py", *flags]),
@@ -118,12 +133,16 @@ def main() -> int:
         "left_out": collector.left_out,
     }
     slug = gpu.lower().replace(" ", "-") if gpu else f"cpu-{THREADS}-threads"
-    path = options.out / (slug + ("-quick" if options.quick else ""))
+    named = [kind for kind in kinds if kind in ("quick", "targets", "rehearse")]
+    path = options.out / "-".join([slug, *named])
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = ",\n".join("  " + json.dumps(e, ensure_ascii=False) for e in collector.entries)
     head = json.dumps({**results, "entries": []}, indent=1, ensure_ascii=False)
     path.with_suffix(".json").write_text(head.replace('"entries": []', f'"entries": [\n{lines}]'))
-    path.with_suffix(".md").write_text(markdown(results))
+    text = markdown(results)
+    path.with_suffix(".md").write_text(text)
+    if options.targets:
+        print(text)
     print(f"{results['seconds']} s; written to {path}.json and .md")
     return int(status)
 

@@ -19,6 +19,7 @@ import datetime  # noqa: E402
 import multiprocessing  # noqa: E402
 import platform  # noqa: E402
 import resource  # noqa: E402
+import sys  # noqa: E402
 import time  # noqa: E402
 from collections.abc import Callable, Iterator  # noqa: E402
 from dataclasses import dataclass, field, fields, replace  # noqa: E402
@@ -29,13 +30,15 @@ from typing import Any  # noqa: E402
 import cpuinfo  # noqa: E402
 import numpy as np  # noqa: E402
 
+sys.path.append(str(Path(__file__).parents[1]))  # where `benches` is, for a script
+
 import directpred as dp  # noqa: E402
-from report import table  # noqa: E402
+from benches.report import table  # noqa: E402
 
 Matrix = np.ndarray[Any, Any]
 
 RULES: dict[str, tuple[dp.Rule, Callable[[Matrix], Matrix]]] = {
-    "Eq18": (dp.Eq18(eps=0.1), lambda s: s**0.5 + 0.1 * s.max()),
+    "Eq18": (dp.Eq18(eps=0.1), lambda s: (s / s.max()) ** 0.5 + 0.1),
     "DirectSet": (dp.DirectSet(eps=0.1), lambda s: s**0.5 + 0.1 * s.max() ** 0.5),
 }
 
@@ -142,10 +145,10 @@ def soak(run: Run) -> Worst:
             rho = run.rho if steps else 0.0
             wide = z.astype(np.float64)
             correlation = rho * correlation + (1 - rho) / len(z) * (wide.T @ wide)
-            if steps % (run.freq * run.every) == 0:
-                worst.see(**compare(predictor, correlation, exact_rule))
-                worst.checks += 1
             steps += 1
+        if update % (run.freq * run.every) == 0 and steps:
+            worst.see(**compare(predictor, correlation, exact_rule))
+            worst.checks += 1
         if update == run.updates // 10:
             memory = peak_memory()
     worst.memory = peak_memory() - memory

@@ -1,7 +1,4 @@
-"""One update of DirectPred in every array library, next to the operations it cannot do without.
-
-The floor is a bare matrix product, eigendecomposition, and product that rebuilds the weight.
-"""
+"""One update of DirectPred in every array library, next to its bare operations."""
 
 from __future__ import annotations
 
@@ -12,31 +9,26 @@ import numpy as np
 import pytest
 
 import directpred as dp
-from conftest import Bench
+from benches import bare
+from benches.conftest import Bench
 from directpred.solvers import SOLVERS
 
 ROWS = 512
-FLOOR = "matrix product + eigh + rebuild"
 SOLVER_NAMES = ["eigh", "matmul"]
 
 Call = Callable[[], object]
 
 
-def floor(xp: Any, z: Any) -> Any:
-    s, u = xp.linalg.eigh(z.T @ z)
-    return (u * s) @ u.T
-
-
 def numpy_calls(z: np.ndarray[Any, Any], solver: str) -> tuple[Call, Call]:
     predictor = dp.DirectPred(z.shape[1], solver=solver)
-    return lambda: predictor.update(z), lambda: floor(np, z)
+    return lambda: predictor.update(z), lambda: bare.update(np, z)
 
 
 def torch_calls(z: np.ndarray[Any, Any], solver: str, device: str) -> tuple[Call, Call]:
     torch = pytest.importorskip("torch")
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    from predictors import synchronize
+    from benches.predictors import synchronize
 
     x = torch.from_numpy(z).to(device)
     predictor = dp.DirectPred(x.shape[1], solver=solver, nonfinite="skip")
@@ -45,11 +37,11 @@ def torch_calls(z: np.ndarray[Any, Any], solver: str, device: str) -> tuple[Call
         predictor.update(x)
         synchronize(device)
 
-    def bare() -> None:
-        floor(torch, x)
+    def floor() -> None:
+        bare.update(torch, x)
         synchronize(device)
 
-    return update, bare
+    return update, floor
 
 
 def cupy_calls(z: np.ndarray[Any, Any], solver: str) -> tuple[Call, Call]:
@@ -65,11 +57,11 @@ def cupy_calls(z: np.ndarray[Any, Any], solver: str) -> tuple[Call, Call]:
         predictor.update(x)
         cupy.cuda.Device().synchronize()
 
-    def bare() -> None:
-        floor(cupy, x)
+    def floor() -> None:
+        bare.update(cupy, x)
         cupy.cuda.Device().synchronize()
 
-    return update, bare
+    return update, floor
 
 
 def jax_calls(z: np.ndarray[Any, Any], solver: str, platform: str) -> tuple[Call, Call]:
@@ -82,14 +74,14 @@ def jax_calls(z: np.ndarray[Any, Any], solver: str, platform: str) -> tuple[Call
     x = jax.device_put(z, place)
     state = jax.device_put(dpj.init(x.shape[1], solver=solver), place)
     advance = jax.jit(dpj.update)
-    bare = jax.jit(lambda x: floor(jax.numpy, x))
+    floor = jax.jit(lambda x: bare.update(jax.numpy, x))
 
     def update() -> None:
         nonlocal state
         state, weight = advance(state, x)
         weight.block_until_ready()
 
-    return update, lambda: bare(x).block_until_ready()
+    return update, lambda: floor(x).block_until_ready()
 
 
 BACKENDS: dict[str, Callable[[Any, str], tuple[Call, Call]]] = {
@@ -111,5 +103,7 @@ def test_update(bench: Bench, backend: str, solver: str, dim: int) -> None:
     if solver not in SOLVERS:
         pytest.skip(f"no solver {solver!r} in this version")
     z = np.random.default_rng(0).normal(size=(ROWS, dim)).astype(np.float32)
-    update, bare = BACKENDS[backend](z, solver)
-    bench.time(update, bare, FLOOR, group="update", name=backend, solver=solver, dim=dim, rows=ROWS)
+    update, floor = BACKENDS[backend](z, solver)
+    bench.time(
+        update, floor, bare.UPDATE, group="update", name=backend, solver=solver, dim=dim, rows=ROWS
+    )
