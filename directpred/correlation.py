@@ -142,5 +142,7 @@ def rounding(mean: Array, share: Array, center: bool) -> Array:
     xp = array_namespace(mean)
     info = xp.finfo(mean.dtype)
     units = mean.shape[0] ** 0.5 * float(info.eps)
-    noise = share * (units * float(info.smallest_normal) / UNIT) + units * float(info.smallest_normal)
+    noise = share * (units * float(info.smallest_normal) / UNIT) + units * float(
+        info.smallest_normal
+    )
     return noise + 2 * units * xp.max(mean * mean) if center else noise

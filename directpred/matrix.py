@@ -110,9 +110,9 @@ def largest_eigenvalue(a: Powers) -> Array:
             tops.append((m, top))
     value, power = xp.linalg.vector_norm(b) * math.exp(-middle), last
     for m, top in reversed(tops):
-        value = (value if m == power else value ** 2.0 ** (m - power)) * top
+        value = (value if m == power else value**2.0 ** (m - power)) * top
         power = m
-    return value ** 2.0**-power
+    return value**2.0**-power
 
 
 def square_root(a: Powers) -> tuple[Array, Array]:

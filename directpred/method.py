@@ -19,7 +19,9 @@ from directpred.state import State
 
 NonFinite: TypeAlias = Literal["raise", "skip"]
 
-NOT_FINITE = "the features of the step are not finite, or their correlation overflows: scale them down"
+NOT_FINITE = (
+    "the features of the step are not finite, or their correlation overflows: scale them down"
+)
 
 
 class Options(NamedTuple):
@@ -110,9 +112,7 @@ def is_due(closings: Array, freq: int, started: Array) -> Array:
     return not started if isinstance(started, bool) else ~started
 
 
-def _on_host(
-    state: State, batch: Moments, options: Options, counts: Array, due: Array
-) -> State:
+def _on_host(state: State, batch: Moments, options: Options, counts: Array, due: Array) -> State:
     """Take a step where values can be read: decide, then compute what is needed."""
     counts, started = bool(counts), state.step_count > 0
     enters = counts and bool(is_finite(batch))
@@ -138,9 +138,7 @@ def _on_host(
     )
 
 
-def _on_device(
-    state: State, batch: Moments, options: Options, counts: Array, due: Array
-) -> State:
+def _on_device(state: State, batch: Moments, options: Options, counts: Array, due: Array) -> State:
     """Take a step without reading a value: compute what may be needed, then select."""
     xp = array_namespace(state.weight)
     started = state.step_count > 0

@@ -148,7 +148,9 @@ class Inputs:
         """Write what enters; a flag that the host sets only when it changes."""
         assign(self.batch[:2], batch[:2])
         fill(self.batch.rows, batch.rows)
-        for flag, value, last in zip((self.counts, self.due), (counts, due), self._last, strict=True):
+        for flag, value, last in zip(
+            (self.counts, self.due), (counts, due), self._last, strict=True
+        ):
             if not (isinstance(value, bool) and value is last):
                 fill(flag, value)
         self._last = counts, due

@@ -16,6 +16,8 @@ class DirectPred(torch.nn.Module):
     Use it where the learned predictor stood, and call `step` after `optimizer.step()`.
     """
 
+    weight: torch.Tensor
+
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.register_buffer("weight", torch.eye(dim))

@@ -37,7 +37,7 @@ class Eq18:
     The printed equation, with `normalize=False`, is p_j = √s_j + eps · s_max. Its second term
     outgrows the first for large features, whose weight then is nearly a multiple of I.
 
-    Source: Tian, Chen, Ganguli, ICML 2021 (arXiv 2102.06810), Eq. 18, and the code published with it.
+    Source: Tian, Chen, Ganguli, ICML 2021 (arXiv 2102.06810), Eq. 18, and its published code.
 
     Attributes:
         eps: Boost of all eigenvalues, ≥ 0.

@@ -72,6 +72,8 @@ def test_moving_average_is_eq_19(backend):
     old, new = backend.array([[1.0, 2.0]]), backend.array([[10.0, 40.0]])
     got = backend.to_numpy(moving_average(old, new, 0.3, 0.07))
     np.testing.assert_allclose(got, [[0.3 * 1 + 0.7 * 1, 0.3 * 2 + 0.7 * 4]], rtol=1e-15)
-    np.testing.assert_array_equal(backend.to_numpy(moving_average(old, new, 0.0, 0.1)), [[1.0, 4.0]])
+    np.testing.assert_array_equal(
+        backend.to_numpy(moving_average(old, new, 0.0, 0.1)), [[1.0, 4.0]]
+    )
     got = backend.to_numpy(moving_average(old, new, 0.3, 0.07, 2.0))  # sums in units of 2
     np.testing.assert_allclose(got, [[0.3 * 1 + 0.35 * 1, 0.3 * 2 + 0.35 * 4]], rtol=1e-15)

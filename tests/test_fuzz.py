@@ -368,7 +368,7 @@ class Machine(RuleBasedStateMachine):
 
     def check(self):
         """The predictor against the model."""
-        model, predictor = self.model, self.predictor
+        model = self.model
         state = self.state()
         counts = [int(state[name]) for name in ("step_count", "skipped", "closings")]
         assert counts == [model.steps, model.skipped, model.closings]

@@ -474,4 +474,6 @@ def test_features_are_not_changed(backend, rng):
 
 
 def test_repr_tells_the_options():
-    assert repr(dp.DirectPred(3, rho=0.5)).startswith("DirectPred(dim=3, rule=Eq18(eps=0.1, normalize=True), rho=")
+    assert repr(dp.DirectPred(3, rho=0.5)).startswith(
+        "DirectPred(dim=3, rule=Eq18(eps=0.1, normalize=True), rho="
+    )

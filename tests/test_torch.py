@@ -234,9 +234,7 @@ def test_a_step_that_the_gradient_scaler_skips_is_no_step(fused):
         scaler.step(optimizer)
         scaler.update()
         if overflow and fused:
-            before = {
-                k: v for k, v in before.items() if "accumulated" not in k and k != "closings"
-            }
+            before = {k: v for k, v in before.items() if "accumulated" not in k and k != "closings"}
             assert all(torch.equal(before[k], v) for k, v in head.state_dict().items())
     assert int(head.step_count) == 3
     assert int(head.skipped) == 0
@@ -401,9 +399,9 @@ def test_a_wrong_state_is_named_and_changes_nothing(spoil, message):
     head.step()
     head(torch.randn(9, DIM))
     before = {k: v.clone() for k, v in head.state_dict().items()}
+    doubled = {k: v * 2 for k, v in before.items()} | {"version": torch.tensor(3)}
     with pytest.raises(RuntimeError, match=message):
-        doubled = {k: v * 2 for k, v in before.items()}
-        head.load_state_dict(spoil(doubled | {"version": torch.tensor(3)}))
+        head.load_state_dict(spoil(doubled))
     assert all(torch.equal(before[k], v) for k, v in head.state_dict().items())
 
 
@@ -466,4 +464,6 @@ def test_products_are_float32_whatever_the_user_allows(rng):
 
 def test_repr_tells_the_options():
     text = repr(DirectPredHead(DIM, rho=0.5, between="train"))
-    assert text.startswith("DirectPredHead(4, between='train', rule=Eq18(eps=0.1, normalize=True), rho=0.5")
+    assert text.startswith(
+        "DirectPredHead(4, between='train', rule=Eq18(eps=0.1, normalize=True), rho=0.5"
+    )

@@ -1,4 +1,4 @@
-"""When a step ends: after an optimizer's step, by hand, or by itself; and for several heads at once.
+"""When a step ends: after an optimizer's step, by hand, or by itself; for several heads at once.
 
 Heads whose step ends together share one collective over the ranks. It is started first, so that
 an optimizer's own work runs beside it.
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from directpred.correlation import Moments
 from directpred.torch.ranks import several, sum_over_ranks
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ class Pending:
 
     def __init__(self, heads: Sequence[DirectPredHead]) -> None:
         self._heads = heads
-        self._batches = [head._gathered for head in heads]
+        self._batches: list[Moments | None] = [head._gathered for head in heads]
         self._apart = [i for i, head in enumerate(heads) if several(head.process_group)]
         if self._apart:
             with torch.no_grad():
@@ -72,8 +73,8 @@ class Pending:
             skipped: Whether a gradient scaler has skipped the optimizer's step, 0-d bool.
         """
         if self._apart:
-            for i, batch in zip(self._apart, self._sums(), strict=True):
-                self._batches[i] = batch
+            for i, summed in zip(self._apart, self._sums(), strict=True):
+                self._batches[i] = summed
         error: ValueError | None = None
         for head, batch in zip(self._heads, self._batches, strict=True):
             try:
