@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, TypeAlias
 
 import array_api_compat
+import numpy as np
 from array_api_compat import is_jax_array
 
 Array: TypeAlias = Any
@@ -46,6 +48,30 @@ def readable(x: Array) -> bool:
         return on_host(x) and not sys.modules["torch"].compiler.is_compiling()
     traced = is_jax_array(x) and isinstance(x, sys.modules["jax"].core.Tracer)
     return not traced and on_host(x)
+
+
+def is_plain(x: Array) -> bool:
+    """Tell whether x is its values alone and may be computed in place, without JAX or autograd."""
+    return readable(x) and not is_jax_array(x) and not getattr(x, "requires_grad", False)
+
+
+def scipy_linalg(x: Array) -> Any:
+    """Return `scipy.linalg` where it is installed and faster for a matrix x, else None.
+
+    NumPy converts float32 to float64 for a decomposition: twice the time. Small matrices are not
+    worth the import.
+    """
+    single = isinstance(x, np.ndarray) and x.dtype == np.float32
+    return _scipy_linalg() if single and x.shape[0] >= 64 else None
+
+
+@cache
+def _scipy_linalg() -> Any:
+    try:
+        import scipy.linalg
+    except ImportError:
+        return None
+    return scipy.linalg
 
 
 def detached(x: Array) -> Array:

@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol, TypeAlias, cast
 
-from directpred.array import Array, array_namespace, device, on_host
+from directpred.array import Array, array_namespace, device, is_plain, on_host, scipy_linalg
 from directpred.fused import add_product, both
+from directpred.lanczos import largest_eigenvalue_on_host
 from directpred.matrix import largest_eigenvalue, powers, square_root
 from directpred.spectrum import Rule
 
@@ -36,7 +37,11 @@ def eigh(correlation: Array, rule: Rule, noise: Array = 0.0) -> Array:
         ValueError: The rule returned something else than a (dim,) array.
     """
     xp = array_namespace(correlation)
-    s, u = xp.linalg.eigh(correlation)
+    if scipy := scipy_linalg(correlation):
+        # Transposed as LAPACK has it; without its scan for NaN, which NumPy does not make either.
+        s, u = scipy.eigh(correlation.T, lower=False, driver="evd", check_finite=False)
+    else:
+        s, u = xp.linalg.eigh(correlation)
     zero = s[-1] - s[-1]  # NaN, and with it the weight, where the norm of the matrix overflows
     p = rule(xp.where(s > 8 * xp.finfo(s.dtype).eps * s[-1] + noise, s, zero))
     if getattr(p, "shape", None) != s.shape:
@@ -97,7 +102,8 @@ def auto(correlation: Array, rule: Rule, noise: Array = 0.0) -> Array:
     """Solve by the faster of the two for the rule, the device and the dim.
 
     On a CPU an eigendecomposition costs less than the products of a square root; on a GPU, where
-    it waits for the host, far more. A rule that needs no root never pays for one.
+    it waits for the host, far more. A rule that needs no root never pays for one: on a CPU it takes
+    no more than the largest eigenvalue.
 
     Args:
         correlation: As the solvers.
@@ -107,10 +113,15 @@ def auto(correlation: Array, rule: Rule, noise: Array = 0.0) -> Array:
     Returns:
         As the solvers.
     """
-    products = solvable_by_matmul(rule) and (
-        not on_host(correlation) or cast(MatrixRule, rule).matrix_power == 1
-    )
-    return (matmul if products else eigh)(correlation, rule, noise)
+    host, form = on_host(correlation), cast(MatrixRule, rule)
+    if not solvable_by_matmul(rule) or (host and form.matrix_power != 1):
+        return eigh(correlation, rule, noise)
+    if not (host and is_plain(correlation)):
+        return matmul(correlation, rule, noise)
+    xp = array_namespace(correlation)
+    eye = xp.eye(correlation.shape[0], dtype=correlation.dtype, device=device(correlation))
+    symmetric = (correlation + correlation.T) / 2
+    return form.matrix(symmetric, largest_eigenvalue_on_host(correlation), eye)
 
 
 SOLVERS: dict[str, Solver] = {"auto": auto, "eigh": eigh, "matmul": matmul}

@@ -177,3 +177,45 @@ def test_scale_of_the_features_matters_to_the_printed_equation_alone():
     ]:
         shape = [rule(c * s) / rule(c * s)[-1] for c in (1, 100)]
         assert np.allclose(*shape) is invariant
+
+
+def test_float32_of_numpy_is_decomposed_in_float32_where_scipy_is_installed(monkeypatch, rng):
+    linalg = pytest.importorskip("scipy.linalg")
+    drivers = []
+    decompose = linalg.eigh
+    monkeypatch.setattr(
+        linalg, "eigh", lambda *a, **k: drivers.append(k["driver"]) or decompose(*a, **k)
+    )
+    a = {}
+    for dtype in ("float32", "float64"):
+        z = rng.normal(size=(40, 96)).astype(dtype)
+        a[dtype] = z.T @ z
+        before = a[dtype].copy()
+        SOLVERS["eigh"](a[dtype], dp.Eq18())
+        np.testing.assert_array_equal(a[dtype], before)
+    SOLVERS["eigh"](a["float32"][:32, :32], dp.Eq18())
+    assert drivers == ["evd"]
+    weight = SOLVERS["eigh"](a["float32"], dp.DirectSet())
+    monkeypatch.setattr("directpred.array._scipy_linalg", lambda: None)
+    without = SOLVERS["eigh"](a["float32"], dp.DirectSet())
+    assert len(drivers) == 2
+    assert weight.dtype == without.dtype == np.float32
+    assert spectral_norm(weight - without) <= 1e-5 * spectral_norm(without)
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+@pytest.mark.parametrize("scipy", [True, False])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_eigh_of_what_is_not_finite_comes_back(monkeypatch, rng, value, scipy):
+    """LAPACK is not told to look for it; callers check the features and the weight."""
+    if not scipy:
+        monkeypatch.setattr("directpred.array._scipy_linalg", lambda: None)
+    for at in ((0, 0), (2, 1), (95, 95), (95, 3), slice(None)):
+        a = np.cov(rng.normal(size=(96, 200))).astype("float32")
+        a[at] = value
+        a[at if isinstance(at, slice) else at[::-1]] = value
+        try:
+            weight = SOLVERS["eigh"](a, dp.Eq18())
+        except np.linalg.LinAlgError:
+            continue
+        assert weight.shape == a.shape
