@@ -13,7 +13,7 @@ import numpy as np
 
 from directpred.array import Array, array_namespace, readable
 from directpred.features import check_features, describe_nonfinite  # noqa: F401 - they were here
-from directpred.fused import add_product, add_scaled, scaled_matmul
+from directpred.fused import add_product, add_scaled
 
 UNIT = 2.0**-12
 """The unit of Σ z zᵀ, so that over a million rows it fits float32 where its mean does."""
@@ -68,12 +68,12 @@ def _outer(part: Array) -> Array:
     """UNIT · Σ z zᵀ over the rows (n, dim) of one dtype."""
     if readable(part):
         with np.errstate(over="ignore"):
-            outer = scaled_matmul(part.T, part, UNIT)
+            outer = part.T @ part
         if _largest(outer) < math.inf:
-            return outer
+            return outer * UNIT
     scale = 2.0 ** -max(0, math.ceil(math.log2(part.shape[0] / 16) / 2))  # n · scale² ≤ 16
     scaled = part * scale if scale < 1 else part
-    return scaled_matmul(scaled.T, scaled, UNIT / scale**2)
+    return (scaled.T @ scaled) * (UNIT / scale**2)
 
 
 def merge(a: Moments, b: Moments) -> Moments:

@@ -72,8 +72,8 @@ def powers(matrix: Array, eye: Array) -> Powers:
     xp = array_namespace(matrix)
     # The largest entry is on the diagonal, but not where rounding errors are all that there is.
     top = xp.linalg.vector_norm(matrix, ord=math.inf)
-    positive = top > 0
-    one = xp.where(positive, matrix, eye) / xp.where(positive, top, eye[0, 0])
+    zero = top == 0  # and not where it is NaN
+    one = xp.where(zero, eye, matrix) / xp.where(zero, eye[0, 0], top)
     half = operand(one)
     two = matmul(half, half)
     half = operand(two)

@@ -181,9 +181,9 @@ class BoostScale:
 def _over_largest(s: Array) -> Array:
     """Eigenvalues (dim,), ascending and ≥ 0, over the largest; all 1 where they are all 0."""
     xp = array_namespace(s)
-    positive = s[-1] > 0
     one = xp.ones_like(s)
-    return xp.where(positive, s, one) / xp.where(positive, s[-1], one[-1])
+    zero = s[-1] == 0  # and not where it is NaN
+    return xp.where(zero, one, s) / xp.where(zero, one[-1], s[-1])
 
 
 def _require(name: str, value: float, holds: bool, expected: str) -> None:
