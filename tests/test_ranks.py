@@ -19,6 +19,7 @@ from torch import nn  # noqa: E402
 from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 
 import directpred.torch  # noqa: E402
+from directpred.method import NOT_FINITE  # noqa: E402
 from directpred.torch import DirectPredHead  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
@@ -292,12 +293,14 @@ def test_fully_sharded_equals_one_process(ranks):
 @pytest.mark.parametrize("nonfinite", ["skip", "raise"])
 def test_features_of_one_rank_that_are_not_finite_count_for_all(ranks, nonfinite):
     messages = [rank[nonfinite][0] for rank in ranks]
-    expected = ["the features of the step, or their correlation, are not finite"] * 2
+    expected = [NOT_FINITE] * 2
     assert messages == [expected if nonfinite == "raise" else []] * WORLD
     assert_same_bits([{"x": rank[nonfinite][1]} for rank in ranks], "x")
     (state,) = ranks[0][nonfinite][1]
     assert int(state.pop("skipped")) == (2 if nonfinite == "skip" else 0)
     (alone,) = without_bad_steps()
+    closings = int(alone.pop("closings"))
+    assert int(state.pop("closings")) == closings + (2 if nonfinite == "skip" else 0)
     for key, value in state.items():
         torch.testing.assert_close(value, alone[key], atol=1e-6, rtol=1e-6)
 

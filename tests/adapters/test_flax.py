@@ -428,7 +428,8 @@ def test_stable_pretraining(method):
     trainer = fit(4)
     assert len(record.steps) == int(head.step_count[...]) == 24
     assert_near(head.weight[...], exact_weight(record.steps))
-    assert np.mean(record.losses[-6:]) < np.mean(record.losses[:6]) - 0.03
+    for first, later in zip(record.steps[0], record.steps[18], strict=True):  # of the same batch
+        assert np.linalg.norm(later - first) > 0.1 * np.linalg.norm(first)  # it has trained
     assert not any("predictor" in name for name in arrays(trainer.optimizer))
     assert flax.restore(head) is model.predictor
 
