@@ -13,10 +13,14 @@ import numpy as np
 
 from directpred.array import Array, array_namespace, readable
 from directpred.features import check_features, describe_nonfinite  # noqa: F401 - they were here
-from directpred.fused import add_product, add_scaled
+from directpred.fused import add_product, add_scaled, scaled_matmul
 
 UNIT = 2.0**-12
 """The unit of Σ z zᵀ, so that over a million rows it fits float32 where its mean does."""
+
+
+FAINT = 1e-32
+"""A sum of this much is far from denormal numbers, of which matrix products may lose digits."""
 
 
 class Moments(NamedTuple):
@@ -36,8 +40,8 @@ class Moments(NamedTuple):
 def moments(z: Array, dtype: Array) -> Moments:
     """Sum over the rows of one array of features.
 
-    The sum of outer products is one matrix product. Where it overflows, and where that cannot be
-    read, the features are scaled by a power of two before, which is exact: the product then
+    The sum of outer products is one matrix product. Where it overflows or loses digits to denormal
+    numbers, and where that cannot be read, the features are scaled by a power of two before, which is exact: the product then
     overflows only where the mean of z zᵀ is beyond 1/16 of the largest number, so features of 4e18
     fit float32, and features of 1e-20 lose no more than the mean itself does. Features of another
     dtype are converted block by block, so that memory stays O(dim²) whatever the number of rows.
@@ -68,9 +72,9 @@ def _outer(part: Array) -> Array:
     """UNIT · Σ z zᵀ over the rows (n, dim) of one dtype."""
     if readable(part):
         with np.errstate(over="ignore"):
-            outer = part.T @ part
-        if _largest(outer) < math.inf:
-            return outer * UNIT
+            outer = scaled_matmul(part.T, part, UNIT)
+        if FAINT < _largest(outer) < math.inf:
+            return outer
     scale = 2.0 ** -max(0, math.ceil(math.log2(part.shape[0] / 16) / 2))  # n · scale² ≤ 16
     scaled = part * scale if scale < 1 else part
     return (scaled.T @ scaled) * (UNIT / scale**2)

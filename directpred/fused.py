@@ -94,6 +94,11 @@ def both(first: Callable[[], Array], second: Callable[[], Array], like: Array) -
     return done
 
 
+def scaled_matmul(a: Array, b: Array, scale: float) -> Array:
+    """Return scale · a @ b, of matrices of any shape."""
+    return _product(a, b, scale, None)
+
+
 def _product(a: Array, b: Array, scale: float, plus: Array | None) -> Array:
     if is_torch(a):
         if plus is not None:
