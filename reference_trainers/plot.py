@@ -155,7 +155,7 @@ def _alignment(axes: Axes, by_predictor: dict[str, list[Run]]) -> None:
 
 def _about(runs: Sequence[Run]) -> str:
     seeds = len({run.recipe.seed for run in runs})
-    return f"{runs[0].recipe.dataset}, " + (
+    return f"{runs[0].recipe.images}, " + (
         "1 seed" if seeds == 1 else f"mean ± std of {seeds} seeds"
     )
 

@@ -48,6 +48,8 @@ class Recipe:
 
     Attributes:
         dataset: One of digits, fashion_mnist, cifar10, cifar100, stl10, imagenet, folder.
+        validation: Share of the labelled training images that is held out and evaluated on in place
+            of the test images, to choose options by; 0: none.
         method: byol, whose target is a moving average of the online network, or simsiam, whose
             target is the online network itself, without gradient.
         predictor: One of directpred (Eq. 18), directset, directcopy, boost_scale (Eq. 18 as its
@@ -111,6 +113,7 @@ class Recipe:
     """
 
     dataset: Annotated[str, DATASETS] = "digits"
+    validation: Annotated[float, (0, 0.9)] = 0.0
     method: Annotated[str, ("byol", "simsiam")] = "byol"
     predictor: Annotated[str, PREDICTORS] = "directpred"
     loss: Annotated[str, ("cosine", "iso")] = "cosine"
@@ -185,6 +188,11 @@ class Recipe:
             if name not in hints:
                 raise UsageError(f"unknown option {name!r}; known are {', '.join(hints)}")
         return cls(**{name: _value(name, hints[name], given) for name, given in options.items()})
+
+    @property
+    def images(self) -> str:
+        """The data set, and the share that stands for its test images, as titles name them."""
+        return self.dataset + (f", validation {self.validation:g}" if self.validation else "")
 
 
 @cache

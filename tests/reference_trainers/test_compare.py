@@ -80,6 +80,22 @@ def test_numbers_depend_on_the_seed_alone(comparison: Path, tmp_path: Path) -> N
     )
 
 
+def test_options_can_be_chosen_by_images_that_are_held_out_of_the_training_images(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--epochs", "1", "--seeds", "1", "--predictors", "none", "--validation", "0.2"]
+    assert main(["compare", *options, "--out", str(tmp_path), "--name", "chosen"]) == 0
+    assert "digits, validation 0.2, 1 epochs, 1 seed" in capsys.readouterr().out
+    summary = json.loads((tmp_path / "chosen" / "summary.json").read_text("utf-8"))
+    (probe,) = summary["results"]["none"]["probe"]["values"]
+    assert round(probe * 270 / 100, 6) == round(probe * 270 / 100)  # of 270 images
+
+    path = tmp_path / "chosen" / "checkpoints" / "none-seed0.ckpt"
+    assert main(["evaluate", "--checkpoint", str(path)]) == 0
+    evaluated = json.loads(path.with_name(path.name + ".evaluation.json").read_text("utf-8"))
+    assert evaluated["probe"] == probe  # of the same images
+
+
 def test_interrupt_keeps_the_finished_runs(start: Start, tmp_path: Path) -> None:
     options = ["--epochs", "2", "--seeds", "20", "--predictors", "none,linear"]
     process = start("compare", *options, "--out", tmp_path, "--name", "stopped")
