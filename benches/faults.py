@@ -49,7 +49,8 @@ from directpred.reference_trainers.siamese import Siamese
 from directpred.reference_trainers.train import fit
 
 RESULTS = Path(__file__).parent / "results" / "faults.md"
-OPTIONS = ["--epochs", "4", "--evaluate-every", "4", "--probe", "sgd"]  # sgd: a quick evaluation
+OPTIONS = ["--epochs", "4", "--batch-size", "128", "--evaluate-every", "4"]
+OPTIONS += ["--probe", "sgd"]  # a quick evaluation
 STEPS = 10
 """In an epoch."""
 
@@ -374,7 +375,7 @@ class Faults:
             spoiled = Spoiled(what, {step})
             with spoiled:
                 try:
-                    fit(Recipe(epochs=3, evaluate_every=3, probe="sgd"), path)
+                    fit(Recipe(epochs=3, batch_size=128, evaluate_every=3, probe="sgd"), path)
                     told = ""
                 except UserError as error:
                     told = str(error)
@@ -393,7 +394,7 @@ class Faults:
         path = self.directory / "overflow.ckpt"
         said = io.StringIO()
         with Spoiled("overflow", steps), contextlib.redirect_stderr(said):
-            fit(Recipe(epochs=3, evaluate_every=3, probe="sgd"), path)
+            fit(Recipe(epochs=3, batch_size=128, evaluate_every=3, probe="sgd"), path)
         told = sum(int(n) for n in re.findall(r"(\d+) steps? with features", said.getvalue()))
         state = checkpoint.read(path)[0]["state_dict"]
         names = ("correlation", "mean", "weight")

@@ -107,7 +107,7 @@ def _parser() -> _Parser:
         metavar="A,B",
         help=f"which, of {', '.join(PREDICTORS)}; default: {','.join(COMPARED)}",
     )
-    compare.add_argument("--seeds", type=_count, default=3, help="how many; default: 3")
+    compare.add_argument("--seeds", type=_count, default=2, help="how many; default: 2")
     _add_workers(compare, min(8, os.cpu_count() or 1), "as many as cores, at most 8")
     _add_config(compare)
     _add_data(compare)

@@ -111,7 +111,7 @@ class Comparison:
     def table(self) -> Table:
         """Mean ± standard deviation over the seeds."""
         seeds = len({recipe.seed for recipe in self.recipes})
-        title = f"{self.base.dataset}, {self.base.epochs} epochs, "
+        title = f"{self.base.images}, {self.base.epochs} epochs, "
         title += "1 seed" if seeds == 1 else f"mean ± std of {seeds} seeds"
         control = any(recipe.predictor == "no_stopgrad" for recipe in self.recipes)
         caption = "no stop-gradient: DirectPred with its gradient also through the target"

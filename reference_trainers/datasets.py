@@ -63,7 +63,8 @@ class Dataset(NamedTuple):
     Attributes:
         name: One of those of `load`.
         classes: Their names, in the order of the labels; none where unlabelled.
-        pretrain: What is trained on without labels; labels it may have are not looked at.
+        pretrain: What is trained on without labels; labels it may have are not looked at. It holds
+            the images of ``train`` too, in memory as its first rows.
         train: What the linear probe is trained on; None where unlabelled.
         test: What is held out; None where there is nothing.
     """
@@ -75,7 +76,7 @@ class Dataset(NamedTuple):
     test: Memory | Files | None
 
 
-def load(name: str, root: Path | None, download: bool = False) -> Dataset:
+def load(name: str, root: Path | None, download: bool = False, validation: float = 0.0) -> Dataset:
     """Read a data set, or find its files.
 
     Args:
@@ -86,15 +87,73 @@ def load(name: str, root: Path | None, download: bool = False) -> Dataset:
             ``test/<class>/*`` (``val`` of imagenet, either of folder); for folder, images anywhere
             below the root will do.
         download: Download what is missing into ``root``. ImageNet and folders cannot be.
+        validation: Share of the training images to hold out in place of the test images, as
+            `hold_out` does; 0: none.
 
     Returns:
         The data set.
 
     Raises:
-        UsageError: No root, or a download of what cannot be downloaded.
+        UsageError: No root, a download of what cannot be downloaded, or no such share of the
+            training images.
         UserError: Files are missing or damaged, or the download failed.
         ValueError: There is no such data set.
     """
+    data = _load(name, root, download)
+    return hold_out(data, validation) if validation else data
+
+
+def hold_out(data: Dataset, share: float) -> Dataset:
+    """Put a share of the training images in the place of the test images.
+
+    The split is stratified by class and always the same. What is held out is not trained on.
+
+    Args:
+        data: With labelled images to train on.
+        share: Between 0 and 1.
+
+    Returns:
+        A data set without the test images of the given one.
+
+    Raises:
+        UsageError: The training images have no labels, or are too few to be split so.
+    """
+    from sklearn.model_selection import train_test_split
+
+    if data.train is None or data.train.labels is None:
+        raise UsageError(f"validation {share} needs labelled images, and {data.name} has none here")
+    everything = np.arange(len(data.train.labels))
+    try:
+        kept, held = train_test_split(
+            everything, test_size=share, stratify=data.train.labels.numpy(), random_state=0
+        )
+    except ValueError as error:
+        raise UsageError(
+            f"validation {share} of {len(everything)} training images in {len(data.classes)} "
+            f"classes: {_one_line(error)}"
+        ) from error
+    kept, held = np.sort(kept), np.sort(held)
+    train, test = _rows(data.train, kept), _rows(data.train, held)
+    if data.pretrain is data.train:
+        return data._replace(pretrain=train, train=train, test=test)
+    if isinstance(data.pretrain, Files):
+        assert isinstance(test, Files)
+        out = set(test.paths)
+        rest = np.array([n for n, path in enumerate(data.pretrain.paths) if path not in out])
+    else:
+        rest = np.append(kept, np.arange(len(everything), len(data.pretrain.images)))
+    return data._replace(pretrain=_rows(data.pretrain, rest), train=train, test=test)
+
+
+def _rows(source: Memory | Files, rows: np.ndarray[Any, np.dtype[np.int64]]) -> Memory | Files:
+    """Some of the images, with their labels where they have any."""
+    labels = None if source.labels is None else source.labels[rows]
+    if isinstance(source, Files):
+        return Files([source.paths[row] for row in rows], labels)
+    return Memory(source.images[rows], labels, source.maximum)
+
+
+def _load(name: str, root: Path | None, download: bool) -> Dataset:
     if name == "digits":
         return _digits()
     if name not in (*_ARCHIVES, "imagenet", "folder"):

@@ -63,7 +63,7 @@ def evaluate(
         data = Path(content["data"])
     if model.recipe.device == "auto" and torch.cuda.is_available():
         model.to("cuda")
-    dataset = load(model.recipe.dataset, data, download)
+    dataset = load(model.recipe.dataset, data, download, model.recipe.validation)
     with fixed_threads(model.recipe.threads), deaths_explained():
         measured = measure(model, dataset, workers)
         if model.recipe.probe == "sgd" and dataset.train is not None and dataset.test is not None:

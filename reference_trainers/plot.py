@@ -19,9 +19,18 @@ from .style import COLOURS, LEADING, STYLE
 if TYPE_CHECKING:
     from .train import Run
 
+CURVES = {
+    "probe": "Linear probe, top-1 (%)",
+    "knn": "20 nearest neighbours, top-1 (%)",
+    "spread": "Spread (0 collapsed, 1 isotropic)",
+}
+"""The curves over the epochs, those that are measured; their names stand beside the last."""
+
+SMALL_PRINT = "#555555"
+
 
 def plot(runs: Sequence[Run], path: Path) -> None:
-    """Draw accuracy and spread of all predictors, the spectra of DirectPred, and alignment.
+    """Draw accuracies and spread of all predictors, the spectra of DirectPred, and alignment.
 
     Args:
         runs: Of one comparison, at least one.
@@ -34,14 +43,16 @@ def plot(runs: Sequence[Run], path: Path) -> None:
     }
     with matplotlib.rc_context(STYLE):
         # Not by pyplot, which would look for a display and keep the figure.
-        figure = Figure(figsize=(9, 6.6), dpi=200, layout="constrained")
+        figure = Figure(figsize=(10, 6.6), dpi=200, layout="constrained")
         FigureCanvasAgg(figure)
         rows: Any = figure.subfigures(2, 1, height_ratios=(1.15, 1), hspace=0.03)
         top, bottom = rows
-        accuracy, spread = top.subplots(1, 2)
-        _curves(accuracy, by_predictor, "probe", "Linear probe, held-out top-1 (%)")
-        _curves(spread, by_predictor, "spread", "Spread of the outputs (0 collapsed, 1 isotropic)")
-        _note(accuracy, _about(runs))
+        curves = {metric: title for metric, title in CURVES.items() if metric in runs[0].history[0]}
+        (drawn,) = top.subplots(1, len(curves), squeeze=False)
+        for axes, (metric, title) in zip(drawn, curves.items(), strict=True):
+            _curves(axes, by_predictor, metric, title)
+        _names(drawn[-1], by_predictor, [*curves][-1])
+        top.suptitle(_about(runs), x=0.01, ha="left", fontsize=8, color=SMALL_PRINT)
         correlation, weight, alignment = bottom.subplots(1, 3)
         heads = by_predictor.get("directpred", [])
         _spectrum(correlation, heads, "correlation_eigenvalues", "DirectPred: eigenvalues of F̂")
@@ -49,7 +60,7 @@ def plot(runs: Sequence[Run], path: Path) -> None:
         _spectrum(weight, heads, "weight_eigenvalues", "DirectPred: eigenvalues of $W_p$")
         weight.set_ylim(0, None)
         _alignment(alignment, by_predictor)
-        for axes in (accuracy, spread, correlation, weight, alignment):
+        for axes in (*drawn, correlation, weight, alignment):
             axes.set_xlabel("epoch")
             axes.set_xlim(0, runs[0].recipe.epochs)
         figure.savefig(path)
@@ -63,8 +74,7 @@ def _series(runs: Sequence[Run], metric: str) -> tuple[NDArray[np.float64], NDAr
 
 
 def _curves(axes: Axes, by_predictor: dict[str, list[Run]], metric: str, title: str) -> None:
-    """The mean of every predictor with a band of one standard deviation, named at its end."""
-    ends = {}
+    """The mean of every predictor with a band of one standard deviation."""
     for name, runs in by_predictor.items():
         epochs, values = _series(runs, metric)
         centre, band = values.mean(0), values.std(0, ddof=1) if len(runs) > 1 else 0
@@ -72,10 +82,14 @@ def _curves(axes: Axes, by_predictor: dict[str, list[Run]], metric: str, title: 
         axes.fill_between(
             epochs, centre - band, centre + band, color=COLOURS[name], alpha=0.12, linewidth=0
         )
-        ends[name] = centre[-1]
     axes.set_title(title)
     if metric == "spread":
         axes.set_ylim(0, None)
+
+
+def _names(axes: Axes, by_predictor: dict[str, list[Run]], metric: str) -> None:
+    """The name of every predictor, beside the end of its curve."""
+    ends = {name: _series(runs, metric)[1].mean(0)[-1] for name, runs in by_predictor.items()}
     low, high = axes.get_ylim()
     places = _apart(list(ends.values()), gap=(high - low) * 0.075)
     for (name, end), place in zip(ends.items(), places, strict=True):
@@ -155,7 +169,7 @@ def _alignment(axes: Axes, by_predictor: dict[str, list[Run]]) -> None:
 
 def _about(runs: Sequence[Run]) -> str:
     seeds = len({run.recipe.seed for run in runs})
-    return f"{runs[0].recipe.dataset}, " + (
+    return f"{runs[0].recipe.images}, " + (
         "1 seed" if seeds == 1 else f"mean ± std of {seeds} seeds"
     )
 
@@ -168,7 +182,7 @@ def _note(axes: Axes, text: str) -> None:
         transform=axes.transAxes,
         ha="right",
         va="bottom",
-        color="#555555",
+        color=SMALL_PRINT,
         fontsize=8,
         linespacing=1.25,
     )

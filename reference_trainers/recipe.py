@@ -30,7 +30,7 @@ LABELS = {
 }
 """The predictors, and the network before training, as tables and pictures call them."""
 
-COMPARED = ("directpred", "directset", "directcopy", "mlp", "linear", "none", "no_stopgrad")
+COMPARED = ("directpred", "mlp", "linear", "none", "no_stopgrad")
 """Those that are compared by default."""
 
 DATASETS = ("digits", "fashion_mnist", "cifar10", "cifar100", "stl10", "imagenet", "folder")
@@ -48,6 +48,8 @@ class Recipe:
 
     Attributes:
         dataset: One of digits, fashion_mnist, cifar10, cifar100, stl10, imagenet, folder.
+        validation: Share of the labelled training images that is held out and evaluated on in place
+            of the test images, to choose options by; 0: none.
         method: byol, whose target is a moving average of the online network, or simsiam, whose
             target is the online network itself, without gradient.
         predictor: One of directpred (Eq. 18), directset, directcopy, boost_scale (Eq. 18 as its
@@ -111,12 +113,13 @@ class Recipe:
     """
 
     dataset: Annotated[str, DATASETS] = "digits"
+    validation: Annotated[float, (0, 0.9)] = 0.0
     method: Annotated[str, ("byol", "simsiam")] = "byol"
     predictor: Annotated[str, PREDICTORS] = "directpred"
     loss: Annotated[str, ("cosine", "iso")] = "cosine"
     seed: Annotated[int, (0, 2**32 - 1)] = 0
-    epochs: Positive = 30
-    batch_size: Annotated[int, (2, math.inf)] = 128
+    epochs: Positive = 50
+    batch_size: Annotated[int, (2, math.inf)] = 64
     accumulate: Positive = 1
     backbone: Annotated[str, ("small", "resnet18", "resnet50")] = "small"
     stem: Annotated[str, ("cifar", "imagenet")] = "cifar"
@@ -138,16 +141,16 @@ class Recipe:
     predictor_weight_decay: Annotated[float | None, (0, math.inf)] = None
     fixed_predictor_lr: Switch = False
     symmetric: Switch = False
-    target_momentum: Share = 0.996
+    target_momentum: Share = 0.99
     target_schedule: Annotated[str, ("constant", "cosine")] = "constant"
     rho: Annotated[float, (0, 0.9999)] = 0.3
     eps: Annotated[float | None, (0, math.inf)] = None
     freq: Positive = 1
     between: Annotated[str, ("hold", "train")] = "hold"
     size: Annotated[int, (4, math.inf)] = 8
-    rotate: Annotated[float, (0, 180)] = 15.0
-    shift: Share = 0.1
-    zoom: Annotated[float, (0, 0.99)] = 0.2
+    rotate: Annotated[float, (0, 180)] = 25.0
+    shift: Share = 0.15
+    zoom: Annotated[float, (0, 0.99)] = 0.3
     crop: Annotated[float, (0.01, 1)] = 1.0
     flip: Share = 0.0
     brightness: Share = 0.4
@@ -157,13 +160,13 @@ class Recipe:
     blur: Share = 0.0
     blur2: Annotated[float | None, (0, 1)] = None
     solarize: Share = 0.0
-    noise: NonNegative = 0.1
+    noise: NonNegative = 0.15
     normalize: Switch = False
     device: Annotated[str, ("cpu", "auto")] = "cpu"
     precision: Annotated[str, ("32", "bf16", "fp16")] = "32"
     channels_last: Switch = False
     compile: Switch = False
-    evaluate_every: Positive = 2
+    evaluate_every: Positive = 5
     probe: Annotated[str, ("logistic", "adam", "sgd")] = "logistic"
     threads: Positive = 1
 
@@ -185,6 +188,11 @@ class Recipe:
             if name not in hints:
                 raise UsageError(f"unknown option {name!r}; known are {', '.join(hints)}")
         return cls(**{name: _value(name, hints[name], given) for name, given in options.items()})
+
+    @property
+    def images(self) -> str:
+        """The data set, and the share that stands for its test images, as titles name them."""
+        return self.dataset + (f", validation {self.validation:g}" if self.validation else "")
 
 
 @cache

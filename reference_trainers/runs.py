@@ -70,7 +70,7 @@ def load_labelled(base: Recipe, machine: Machine, command: str) -> Dataset:
         UsageError: It cannot, or the batch exceeds the images.
         UserError: There are no such images.
     """
-    data = load(base.dataset, machine.data, machine.download)
+    data = load(base.dataset, machine.data, machine.download, base.validation)
     check(base, data)
     if data.train is None or data.test is None or base.probe == "sgd":
         raise UsageError(

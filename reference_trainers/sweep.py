@@ -200,7 +200,7 @@ class Sweep:
         seeds = f"{most} seeds" if least == most else f"{least} to {most} seeds"
         seeds = "1 seed" if most == 1 else f"{told} of {seeds}"
         epochs = "1 epoch" if self.base.epochs == 1 else f"{self.base.epochs} epochs"
-        return f"{self.base.dataset}, {epochs}, {seeds}"
+        return f"{self.base.images}, {epochs}, {seeds}"
 
     def write(self, status: str) -> None:
         """Write summary.json and metrics.csv with what is there."""

@@ -118,7 +118,7 @@ def fit(
     started = time.perf_counter()
     with fixed_threads(recipe.threads), torch.random.fork_rng(devices=[]), quiet_lightning():
         if data is None:
-            data = load(recipe.dataset, machine.data, machine.download)
+            data = load(recipe.dataset, machine.data, machine.download, recipe.validation)
         done = checkpoint.read(resume)[0]["global_step"] if resume else 0
         monitor, storage = Monitor(data, machine.workers, report), checkpoint.Storage(resume)
         ranks = machine.devices * machine.nodes
@@ -416,7 +416,7 @@ def train(
         if content["global_step"] >= recipe.epochs * content["steps_per_epoch"]:
             raise UserError(f"{resume} has done its {recipe.epochs} epochs; add more with --epochs")
 
-    data = load(recipe.dataset, machine.data, machine.download)
+    data = load(recipe.dataset, machine.data, machine.download, recipe.validation)
     check(recipe, data, machine.devices * machine.nodes)
     if home is not None and home.name == LAST.parts[0] and name is None:
         directory = home.parent

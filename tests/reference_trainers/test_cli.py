@@ -22,6 +22,8 @@ from directpred.reference_trainers.cli import main
         ("train --lr fast", 2, "lr must be a number"),
         ("train --predictor magic", 2, "unknown predictor 'magic'"),
         ("train --batch-size 2000", 2, "1347 training images"),
+        ("train --validation 1", 2, "validation must be a number, from 0 to 0.9"),
+        ("compare --validation 0.001", 2, "validation 0.001 of 1347 training images"),
         ("train --config nowhere.yaml", 1, "no config 'nowhere.yaml'"),
         ("train --resume nowhere.ckpt", 1, "no checkpoint nowhere.ckpt"),
         ("train --resume nowhere.ckpt --lr 1", 2, "leave out lr"),

@@ -25,7 +25,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from directpred.reference_trainers.datasets import Files, Memory, decode, load
+from directpred.reference_trainers.datasets import Dataset, Files, Memory, decode, hold_out, load
 from directpred.reference_trainers.errors import UsageError, UserError
 
 torchvision = pytest.importorskip("torchvision", reason="needs the train extra")
@@ -49,6 +49,69 @@ def test_digits() -> None:
     ours = torch.cat([part.images.flatten(1) for part in (data.train, data.test)]).numpy()
     rows = np.c_[ours, torch.cat([data.train.labels, data.test.labels])]
     assert sorted(map(tuple, rows)) == sorted(map(tuple, np.c_[images, labels].astype(int)))
+
+
+# ---- A share of the training images in place of the test images
+
+
+def rows(part: Memory | Files | None) -> list[Any]:
+    """The images of a part, each as something that can be sorted."""
+    assert part is not None
+    return (
+        list(part.paths) if isinstance(part, Files) else [x.tobytes() for x in part.images.numpy()]
+    )
+
+
+def test_held_out_digits_are_a_share_of_every_class_and_always_the_same() -> None:
+    whole, data = load("digits", None), load("digits", None, validation=0.2)
+    assert data.pretrain is data.train
+    assert isinstance(data.test, Memory)
+    assert isinstance(whole.train, Memory)
+    assert len(data.test.images) == 270
+    assert data.test.maximum == 16
+    assert sorted(rows(data.train) + rows(data.test)) == sorted(rows(whole.train))
+    assert whole.train.labels is not None
+    assert data.test.labels is not None
+    shares = data.test.labels.bincount() / whole.train.labels.bincount()
+    assert shares.sub(0.2).abs().max() < 0.01
+
+    # An image has kept its label.
+    label = dict(zip(rows(whole.train), whole.train.labels.tolist(), strict=True))
+    assert [label[image] for image in rows(data.test)] == data.test.labels.tolist()
+    again = load("digits", None, validation=0.2)
+    assert rows(again.test) == rows(data.test)
+    assert rows(again.train) == rows(data.train)
+
+
+def test_held_out_images_are_not_trained_on_without_labels_either(
+    tmp_path: Path, rng: np.random.Generator
+) -> None:
+    train = Memory(torch.arange(20).view(20, 1, 1, 1).byte(), torch.arange(20) % 2)
+    everything = Memory(torch.arange(30).view(30, 1, 1, 1).byte(), None)  # as STL-10's
+    data = hold_out(Dataset("stl10", ("a", "b"), everything, train, train), 0.3)
+    assert len(rows(data.test)) == 6
+    assert sorted(rows(data.train) + rows(data.test)) == rows(train)
+    assert sorted(rows(data.pretrain) + rows(data.test)) == rows(everything)
+    assert data.pretrain.labels is None
+
+    for place in ("a/0", "a/1", "b/0", "b/1", "b/deep/2", "stray"):
+        save(tmp_path / "train" / f"{place}.png", 0)
+    data = load("folder", tmp_path, validation=0.5)  # has no test images of its own
+    assert len(rows(data.test)) == 3
+    assert len(rows(data.pretrain)) == len(rows(data.train)) + 1 == 3  # the stray one
+    assert not {*rows(data.pretrain)} & {*rows(data.test)}
+
+
+def test_a_share_that_cannot_be_held_out_is_told(tmp_path: Path) -> None:
+    save(tmp_path / "0.png", 0)
+    with pytest.raises(UsageError, match=r"validation 0\.2 needs labelled images"):
+        load("folder", tmp_path, validation=0.2)
+    for place in ("a/0", "a/1", "b/0"):
+        save(tmp_path / "labelled" / "train" / f"{place}.png", 0)
+    with pytest.raises(UsageError, match=r"validation 0\.5 of 3 training images in 2 classes: .+"):
+        load("folder", tmp_path / "labelled", validation=0.5)
+    with pytest.raises(UsageError, match=r"validation 0\.001 of 1347 .* in 10 classes: .+"):
+        load("digits", None, validation=0.001)
 
 
 @pytest.mark.parametrize("name", ["fashion_mnist", "cifar10", "cifar100", "stl10", "imagenet"])

@@ -43,7 +43,8 @@ from directpred.reference_trainers.signals import (
 from directpred.reference_trainers.train import fit
 
 BENCHES = Path(__file__).parents[2] / "benches"
-RECIPE = Recipe(epochs=3, evaluate_every=3, predictor="none", probe="sgd")  # a quick evaluation
+# 10 steps an epoch, and a quick evaluation
+RECIPE = Recipe(epochs=3, batch_size=128, evaluate_every=3, predictor="none", probe="sgd")
 FULL = OSError(28, "No space left on device")
 
 
@@ -63,8 +64,8 @@ def faults(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of a short run that keeps every checkpoint."""
     out = tmp_path_factory.mktemp("runs")
-    options = "--epochs 3 --evaluate-every 3 --keep-every 1 --probe sgd --name whole --out"
-    assert main(["train", *options.split(), str(out)]) == 0
+    options = "--epochs 3 --batch-size 128 --evaluate-every 3 --keep-every 1 --probe sgd"
+    assert main(["train", *options.split(), "--name", "whole", "--out", str(out)]) == 0
     return out / "whole"
 
 
@@ -436,7 +437,7 @@ if fault == "fails":
     monitor.measure = fail
 try:
     fit(
-        Recipe(epochs=2, predictor="none", probe="sgd"),
+        Recipe(epochs=2, batch_size=128, predictor="none", probe="sgd"),
         Path(path),
         machine=Machine(devices=2),
         callbacks=[Hang()] if fault == "hangs" else [],

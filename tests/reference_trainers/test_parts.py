@@ -242,7 +242,9 @@ def test_the_target_follows() -> None:
 
 
 def test_schedules() -> None:
-    recipe = Recipe(epochs=10, warmup=2, schedule="cosine", target_schedule="cosine")
+    recipe = Recipe(
+        epochs=10, warmup=2, schedule="cosine", target_momentum=0.996, target_schedule="cosine"
+    )
     rate = learning_rate(recipe, 5)
     assert [round(rate(step), 6) for step in range(11)] == [*(k / 10 for k in range(1, 11)), 1]
     assert rate(30) == pytest.approx(0.5)  # half of the 40 steps after the warmup
@@ -250,7 +252,7 @@ def test_schedules() -> None:
     assert target_momentum(recipe, 0, 5) == pytest.approx(0.996)
     assert target_momentum(recipe, 25, 5) == pytest.approx(0.998)
     assert target_momentum(recipe, 50, 5) == pytest.approx(1)
-    constant = Recipe()
+    constant = Recipe(target_momentum=0.996)
     assert {learning_rate(constant, 5)(step) for step in range(200)} == {1.0}
     assert target_momentum(constant, 77, 5) == 0.996
 

@@ -26,7 +26,7 @@ from directpred.reference_trainers.cli import main
 from directpred.reference_trainers.errors import UsageError
 from directpred.reference_trainers.grids import ABLATIONS, Grid, parse
 from directpred.reference_trainers.progress import Progress, open_console
-from directpred.reference_trainers.recipe import Recipe
+from directpred.reference_trainers.recipe import COMPARED, Recipe
 from directpred.reference_trainers.runs import Runs
 from directpred.reference_trainers.sweep import Sweep
 from directpred.reference_trainers.train import Machine, Run, fit
@@ -159,7 +159,7 @@ def test_a_sweep_that_was_stopped_tells_how_many_seeds_its_points_have(tmp_path:
     }.items():
         recipe = sweep.recipe(grid, {"weight_decay": decay}, seed)
         sweep.runs.finished[recipe] = Run(recipe, [{"epoch": 0}], 1.0)
-        assert sweep.about(grid) == f"digits, 30 epochs, {expected}"
+        assert sweep.about(grid) == f"digits, {config('digits').epochs} epochs, {expected}"
 
 
 def test_a_killed_sweep_loses_the_runs_at_work_alone(start: Start, tmp_path: Path) -> None:
@@ -199,7 +199,7 @@ def test_a_finished_comparison_is_not_done_again(
     options = ["compare", "--out", str(comparison.parent), "--name", "all", "--seeds", "1"]
     before = (comparison / "metrics.csv").read_bytes()
     assert main([*options, "--epochs", "4"]) == 0
-    assert "7 of 7 runs are done already" in capsys.readouterr().out
+    assert f"{len(COMPARED)} of {len(COMPARED)} runs are done already" in capsys.readouterr().out
     assert (comparison / "metrics.csv").read_bytes() == before
     assert main([*options, "--epochs", "5"]) == 1
     assert "holds a compare with epochs 4, not 5" in capsys.readouterr().err

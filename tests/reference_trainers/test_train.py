@@ -21,7 +21,7 @@ from directpred.reference_trainers.train import Run, fit
 
 Start = Callable[..., subprocess.Popen[str]]
 
-RECIPE = Recipe(epochs=3, evaluate_every=1, freq=2)
+RECIPE = Recipe(epochs=3, batch_size=128, evaluate_every=1, freq=2)
 STEPS = 10  # in an epoch
 
 

@@ -128,7 +128,7 @@ def test_a_step_at_full_size(name: str, tmp_path: Path) -> None:
 
 
 def test_accumulated_passes_are_one_step(tmp_path: Path) -> None:
-    fit(Recipe(epochs=1, accumulate=4), tmp_path / "run.ckpt")
+    fit(Recipe(epochs=1, batch_size=128, accumulate=4), tmp_path / "run.ckpt")
     saved = torch.load(tmp_path / "run.ckpt", weights_only=True)
     assert saved["global_step"] == 10
     assert int(saved["state_dict"]["predictor.step_count"]) == 10
@@ -203,6 +203,7 @@ def test_configs_are_complete() -> None:
     assert names == {
         *("digits.yaml", "fashion_mnist.yaml", "cifar10.yaml", "cifar10_300.yaml", "stl10.yaml"),
         *("stl10_300.yaml", "imagenet_60.yaml", "imagenet_300.yaml", "simsiam_imagenet.yaml"),
+        "digits_mild.yaml",
     }
     for name in names:
         text = CONFIGS.joinpath(name).read_text("utf-8")
