@@ -12,13 +12,14 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 from .errors import UsageError
 
 PREDICTORS = (
-    *("directpred", "directset", "directcopy", "boost_scale"),
+    *("directpred", "eq18_printed", "directset", "directcopy", "boost_scale"),
     *("mlp", "linear", "none", "no_stopgrad"),
 )
 """The predictors by name, in the order in which tables show them."""
 
 LABELS = {
     "directpred": "DirectPred",
+    "eq18_printed": "Eq. 18 as printed",
     "directset": "DirectSet",
     "directcopy": "DirectCopy",
     "boost_scale": "BoostScale",
@@ -52,8 +53,9 @@ class Recipe:
             of the test images, to choose options by; 0: none.
         method: byol, whose target is a moving average of the online network, or simsiam, whose
             target is the online network itself, without gradient.
-        predictor: One of directpred (Eq. 18), directset, directcopy, boost_scale (Eq. 18 as its
-            published code computes it), mlp, linear, none, no_stopgrad.
+        predictor: One of directpred (Eq. 18 over the largest eigenvalue), eq18_printed, directset,
+            directcopy, boost_scale (as the published code, which has eps 0.01), mlp, linear, none,
+            no_stopgrad.
         loss: cosine, or iso: the cosine's value with IsoLoss's gradient.
         seed: Decides the initial weights, the order of the images and their views.
         epochs: Passes over the training images.
@@ -118,7 +120,7 @@ class Recipe:
     predictor: Annotated[str, PREDICTORS] = "directpred"
     loss: Annotated[str, ("cosine", "iso")] = "cosine"
     seed: Annotated[int, (0, 2**32 - 1)] = 0
-    epochs: Positive = 50
+    epochs: Positive = 45
     batch_size: Annotated[int, (2, math.inf)] = 64
     accumulate: Positive = 1
     backbone: Annotated[str, ("small", "resnet18", "resnet50")] = "small"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -29,6 +30,7 @@ from .views import Views
 
 RULES: dict[str, Callable[..., Rule]] = {
     "directpred": dp.Eq18,
+    "eq18_printed": partial(dp.Eq18, normalize=False),
     "directset": dp.DirectSet,
     "directcopy": dp.DirectCopy,
     "boost_scale": dp.BoostScale,

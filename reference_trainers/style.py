@@ -7,6 +7,7 @@ from typing import Any
 # Okabe and Ito's palette, told apart also by the colour-blind; yellow is too pale on white.
 COLOURS = {
     "directpred": "#0072B2",
+    "eq18_printed": "#882288",
     "directset": "#332288",
     "directcopy": "#56B4E9",
     "boost_scale": "#882255",

@@ -35,6 +35,11 @@ def test_there_are_examples():
     assert len(EXAMPLES) >= 2
 
 
+def test_it_prints_the_reference_as_it_is():
+    source = (ROOT / "directpred" / "reference.py").read_text(encoding="utf-8")
+    assert source[source.index("import torch") :] in README
+
+
 def test_its_bench_tables_are_those_of_the_committed_results():
     results = "".join(path.read_text() for path in ROOT.glob("benches/results/*.md"))
     quoted = README[README.index("\n## Speed") : README.index("\n## Licence")]

@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NoReturn
 
+import array_api_compat.torch  # noqa: F401 - which dynamo expects to be there
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn

@@ -42,6 +42,7 @@ SHADES = ((0.0, 1.0), (0.45, 0.0), (0.5, 1.0))
 
 RULE_NAMES = {
     "directpred": "Eq. 18",
+    "eq18_printed": "Eq. 18 as printed",
     "directset": "DirectSet",
     "directcopy": "DirectCopy",
     "boost_scale": "BoostScale",
