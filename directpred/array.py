@@ -82,7 +82,7 @@ def detached(x: Array) -> Array:
 def assign(targets: Sequence[Array], values: Sequence[Array]) -> None:
     """Write arrays into others of the same shapes and of one dtype, in place."""
     pairs = [(x, y) for x, y in zip(targets, values, strict=True) if x is not y]
-    if is_torch(targets[0]):
+    if pairs and is_torch(targets[0]):
         sys.modules["torch"]._foreach_copy_(*map(list, zip(*pairs, strict=True)))
         return
     for target, value in pairs:

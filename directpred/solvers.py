@@ -42,8 +42,8 @@ def eigh(correlation: Array, rule: Rule, noise: Array = 0.0) -> Array:
         s, u = scipy.eigh(correlation.T, lower=False, driver="evd", check_finite=False)
     else:
         s, u = xp.linalg.eigh(correlation)
-    zero = s[-1] - s[-1]  # NaN, and with it the weight, where the norm of the matrix overflows
-    p = rule(xp.where(s > 8 * xp.finfo(s.dtype).eps * s[-1] + noise, s, zero))
+    zero = s * 0.0  # NaN, and with it the weight, where the norm of the matrix overflows
+    p = rule(xp.where(s > s[-1] * (8 * float(xp.finfo(s.dtype).eps)) + noise, s, zero))
     if getattr(p, "shape", None) != s.shape:
         raise ValueError(
             f"the rule {rule!r} must return an array of shape {tuple(s.shape)}, "

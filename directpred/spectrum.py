@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from directpred.array import Array, array_namespace
+from directpred.array import Array, array_namespace, readable
 from directpred.fused import add_product, add_scaled
 from directpred.matrix import positive_part
 
@@ -180,10 +180,12 @@ class BoostScale:
 
 def _over_largest(s: Array) -> Array:
     """Eigenvalues (dim,), ascending and ≥ 0, over the largest; all 1 where they are all 0."""
-    xp = array_namespace(s)
+    xp, top = array_namespace(s), s[-1]
+    zero = top == 0  # and not where it is NaN
+    if readable(s):
+        return xp.ones_like(s) if zero else s / top
     one = xp.ones_like(s)
-    zero = s[-1] == 0  # and not where it is NaN
-    return xp.where(zero, one, s) / xp.where(zero, one[-1], s[-1])
+    return xp.where(zero, one, s) / xp.where(zero, one[-1], top)
 
 
 def _require(name: str, value: float, holds: bool, expected: str) -> None:

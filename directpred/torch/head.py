@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from directpred.array import on_host
+from directpred.array import assign, on_host
 from directpred.correlation import Moments, is_finite, merge, moments
 from directpred.features import check_dim, check_features, describe_nonfinite
 from directpred.method import NonFinite, Options, advance
@@ -279,9 +279,9 @@ class DirectPredHead(nn.Module):
             elif on_host(self.weight):
                 numbers = {name: int(getattr(state, name)) for name in State._fields[3:]}
                 after = advance(state._replace(**numbers), batch, self.options, True, counts)
-                for tensor, value in zip(state, after, strict=True):
-                    # In place, so that references to the buffer stay valid.
-                    tensor.fill_(value) if isinstance(value, int) else tensor.copy_(value)
+                assign(state[:3], after[:3])  # in place: references to the buffers stay valid
+                for count, value in zip(state[3:], after[3:], strict=True):
+                    count.fill_(value)
             else:
                 closed = int(self.closings) if self._closed is None else self._closed
                 self._recorder.close(state, batch, self.options, counts, closed)

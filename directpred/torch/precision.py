@@ -3,29 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 
-_MATMULS: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+_AS_IT_IS: AbstractContextManager[None] = nullcontext()
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[None]:
+    """Multiply float32 as float32: neither in autocast's dtype nor in TF32 or bfloat16.
+
+    Where that is so already, nothing is touched. Code being compiled keeps the precision that the
+    user has set, which dynamo cannot change.
+    """
+    if torch.compiler.is_compiling():
+        return torch.autocast(device.type, enabled=False)
+    narrow = _products_of(device).fp32_precision not in ("ieee", "none")
+    if narrow or torch.is_autocast_enabled(device.type):
+        return _forced(device)
+    return _AS_IT_IS
 
 
 @contextmanager
-def full_precision(device: torch.device) -> Iterator[None]:
-    """Multiply float32 as float32: neither in autocast's dtype nor in TF32 or bfloat16.
+def _forced(device: torch.device) -> Iterator[None]:
+    products = _products_of(device)
+    before, products.fp32_precision = products.fp32_precision, "ieee"
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        products.fp32_precision = before
 
-    Code being compiled keeps the precision that the user has set, which dynamo cannot change.
-    """
-    with torch.autocast(device.type, enabled=False):
-        if torch.compiler.is_compiling():
-            yield
-            return
-        before = [(matmul, matmul.fp32_precision) for matmul in _MATMULS]
-        for matmul in _MATMULS:
-            matmul.fp32_precision = "ieee"
-        try:
-            yield
-        finally:
-            for matmul, precision in before:
-                matmul.fp32_precision = precision
+
+def _products_of(device: torch.device) -> Any:
+    """The settings of matrix products on a kind of device."""
+    backends = torch.backends
+    return (backends.cuda if device.type == "cuda" else backends.mkldnn).matmul  # type: ignore[attr-defined]
