@@ -7,17 +7,21 @@ correlation of a step is one of all its rows, however they were spread.
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
+from functools import reduce
 from typing import NamedTuple
 
 import numpy as np
 
-from directpred.array import Array, array_namespace, readable
+from directpred.array import Array, array_namespace, host_view, is_torch, readable
 from directpred.features import check_features, describe_nonfinite  # noqa: F401 - they were here
 from directpred.fused import add_product, add_scaled, scaled_matmul
 
 UNIT = 2.0**-12
 """The unit of Σ z zᵀ, so that over a million rows it fits float32 where its mean does."""
 
+
+_AS_IT_IS = nullcontext()
 
 FAINT = 1e-32
 """A sum of this much is far from denormal numbers, of which matrix products may lose digits."""
@@ -41,9 +45,10 @@ def moments(z: Array, dtype: Array) -> Moments:
     """Sum over the rows of one array of features.
 
     The sum of outer products is one matrix product. Where it overflows or loses digits to denormal
-    numbers, and where that cannot be read, the features are scaled by a power of two before, which is exact: the product then
-    overflows only where the mean of z zᵀ is beyond 1/16 of the largest number, so features of 4e18
-    fit float32, and features of 1e-20 lose no more than the mean itself does. Features of another
+    numbers, and where that cannot be read, the features are scaled by a power of two before, which
+    is exact: the product then overflows only where the mean of z zᵀ is beyond 1/16 of the largest
+    number, so features of 4e18 fit float32, and features of 1e-20 lose no more than the mean itself
+    does. Features of another
     dtype are converted block by block, so that memory stays O(dim²) whatever the number of rows.
 
     Args:
@@ -53,27 +58,23 @@ def moments(z: Array, dtype: Array) -> Moments:
     Returns:
         Their moments in `dtype`, on the device of z.
     """
-    xp = array_namespace(z)
-    dim = z.shape[-1]
-    z = xp.reshape(z, (-1, dim))
-    rows = z.shape[0]
-    block = rows if z.dtype == dtype else max(4 * dim, 4096)
-    merged: Moments | None = None
-    for start in range(0, rows, block):
-        n = min(block, rows - start)
-        part = xp.astype(z[start : start + n, :], dtype, copy=False)
-        summed = Moments(_outer(part), xp.sum(part, axis=0), n)
-        merged = summed if merged is None else merge(merged, summed)
-    assert merged is not None, "callers check that there is at least one row"
-    return merged
+    xp, dim = array_namespace(z), z.shape[-1]
+    if z.ndim > 2:
+        z = xp.reshape(z, (-1, dim))
+    if z.dtype == dtype:
+        return Moments(_outer(z), xp.sum(z, axis=0), z.shape[0])
+    block = max(4 * dim, 4096)
+    starts = range(0, z.shape[0], block)
+    parts = (xp.astype(z[start : start + block, :], dtype) for start in starts)
+    return reduce(merge, (moments(part, dtype) for part in parts))
 
 
 def _outer(part: Array) -> Array:
     """UNIT · Σ z zᵀ over the rows (n, dim) of one dtype."""
     if readable(part):
-        with np.errstate(over="ignore"):
+        with _AS_IT_IS if is_torch(part) else np.errstate(over="ignore"):
             outer = scaled_matmul(part.T, part, UNIT)
-        if FAINT < _largest(outer) < math.inf:
+        if FAINT < peak_on_host(outer) < math.inf:
             return outer
     scale = 2.0 ** -max(0, math.ceil(math.log2(part.shape[0] / 16) / 2))  # n · scale² ≤ 16
     scaled = part * scale if scale < 1 else part
@@ -85,26 +86,29 @@ def merge(a: Moments, b: Moments) -> Moments:
     return Moments(a.outer + b.outer, a.total + b.total, a.rows + b.rows)
 
 
-def is_finite(batch: Moments) -> Array:
-    """Tell whether every feature in the batch, and its correlation, is finite.
+def is_finite(batch: Moments) -> bool:
+    """Tell whether every feature in the batch, and its correlation, is finite; waits for a device.
 
     A NaN or infinity in any row shows on the diagonal of Σ z zᵀ, and a finite diagonal bounds the
-    other entries, so this reads dim numbers and not the features.
-
-    Returns:
-        A 0-d boolean array: no synchronisation with a device. False too when there are no rows.
+    other entries, so this reads dim numbers and not the features. False too without rows.
     """
     limit = float(array_namespace(batch.outer).finfo(batch.outer.dtype).max) * UNIT
-    return _largest(batch.outer) / batch.rows <= limit
+    rows = int(batch.rows)
+    return rows > 0 and peak_on_host(batch.outer) / rows <= limit
 
 
-def is_finite_matrix(matrix: Array) -> Array:
-    """Tell by its diagonal whether a symmetric semi-definite matrix is finite; 0-d boolean."""
-    return _largest(matrix) < math.inf
+def peak_on_host(matrix: Array) -> float:
+    """Return `peak` as a number; waits for a device."""
+    if (view := host_view(matrix)) is not None:
+        return float(np.abs(view.diagonal()).max())
+    return float(peak(matrix))
 
 
-def _largest(matrix: Array) -> Array:
-    """The largest magnitude on the diagonal, 0-d: NaN where there is a NaN."""
+def peak(matrix: Array) -> Array:
+    """Return the largest magnitude on the diagonal, 0-d: NaN where there is a NaN.
+
+    It bounds all entries of a semi-definite matrix.
+    """
     xp = array_namespace(matrix)
     return xp.linalg.vector_norm(xp.linalg.diagonal(matrix), ord=math.inf)
 

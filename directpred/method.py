@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal, NamedTuple, TypeAlias
 
 from directpred.array import Array, array_namespace
@@ -9,8 +10,9 @@ from directpred.correlation import (
     UNIT,
     Moments,
     is_finite,
-    is_finite_matrix,
     moving_average,
+    peak,
+    peak_on_host,
     rounding,
 )
 from directpred.solvers import SOLVERS, solvable_by_matmul
@@ -115,7 +117,7 @@ def is_due(closings: Array, freq: int, started: Array) -> Array:
 def _on_host(state: State, batch: Moments, options: Options, counts: Array, due: Array) -> State:
     """Take a step where values can be read: decide, then compute what is needed."""
     counts, started = bool(counts), state.step_count > 0
-    enters = counts and bool(is_finite(batch))
+    enters = counts and is_finite(batch)
     if counts and not enters and options.nonfinite == "raise":
         raise ValueError(NOT_FINITE)
     correlation, mean, weight, share = state.correlation, state.mean, state.weight, 0.0
@@ -126,7 +128,7 @@ def _on_host(state: State, batch: Moments, options: Options, counts: Array, due:
         mean = moving_average(mean, batch.total, rho, share)
     if due and (enters or started):
         weight = set_weight(correlation, mean, share, options)
-        if not is_finite_matrix(weight):
+        if not peak_on_host(weight) < math.inf:
             raise ValueError(f"the rule {options.rule!r} gave a weight that is not finite")
     return State(
         correlation,
@@ -146,7 +148,7 @@ def _on_device(state: State, batch: Moments, options: Options, counts: Array, du
     share = (1 - rho) / batch.rows
     moved = moving_average(state.correlation, batch.outer, rho, share, UNIT)
     mean = moving_average(state.mean, batch.total, rho, share)
-    enters = is_finite_matrix(moved) & counts  # 0 / 0 where there are no rows
+    enters = (peak(moved) < math.inf) & counts  # 0 / 0 where there are no rows
     weight = state.weight
     if due is not False:
         weight = set_weight(
@@ -155,7 +157,7 @@ def _on_device(state: State, batch: Moments, options: Options, counts: Array, du
             share,
             options,
         )
-        fits = is_finite_matrix(weight)
+        fits = peak(weight) < math.inf
         sets = fits & (enters | started) if due is True else fits & (enters | started) & due
         weight = xp.where(sets, weight, state.weight)
         enters = enters & (fits if due is True else fits | ~due)

@@ -75,7 +75,7 @@ class Recorder:
                 is not finite. The state is as it was.
         """
         raises = options.nonfinite == "raise"
-        if raises and bool(~is_finite(batch) & counts):
+        if raises and bool(counts) and not is_finite(batch):
             raise ValueError(NOT_FINITE)
         skipped = int(state.skipped) if raises else 0
         after = self._close(state, batch, options, counts, closings)

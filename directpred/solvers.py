@@ -7,10 +7,19 @@ what rounding may have made of an eigenvalue of 0, beyond the rounding of the ma
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Protocol, TypeAlias, cast
 
-from directpred.array import Array, array_namespace, device, is_plain, on_host, scipy_linalg
+from directpred.array import (
+    Array,
+    array_namespace,
+    device,
+    host_view,
+    is_plain,
+    on_host,
+    scipy_linalg,
+)
 from directpred.fused import add_product, both
 from directpred.lanczos import largest_eigenvalue_on_host
 from directpred.matrix import largest_eigenvalue, powers, square_root
@@ -42,8 +51,7 @@ def eigh(correlation: Array, rule: Rule, noise: Array = 0.0) -> Array:
         s, u = scipy.eigh(correlation.T, lower=False, driver="evd", check_finite=False)
     else:
         s, u = xp.linalg.eigh(correlation)
-    zero = s * 0.0  # NaN, and with it the weight, where the norm of the matrix overflows
-    p = rule(xp.where(s > s[-1] * (8 * float(xp.finfo(s.dtype).eps)) + noise, s, zero))
+    p = rule(_without_rounding(s, noise))
     if getattr(p, "shape", None) != s.shape:
         raise ValueError(
             f"the rule {rule!r} must return an array of shape {tuple(s.shape)}, "
@@ -51,6 +59,17 @@ def eigh(correlation: Array, rule: Rule, noise: Array = 0.0) -> Array:
         )
     half = (u * (p / 2)) @ u.T
     return half + half.T  # a matrix product alone is symmetric only to rounding
+
+
+def _without_rounding(s: Array, noise: Array) -> Array:
+    """Set eigenvalues within rounding of 0 to 0, or to NaN where the largest overflows."""
+    xp = array_namespace(s)
+    units = 8 * float(xp.finfo(s.dtype).eps)
+    if (view := host_view(s)) is not None:  # written in place: it is of the decomposition alone
+        top = float(view[-1])
+        view[view <= top * units + float(noise)] = 0.0 if math.isfinite(top) else math.nan
+        return s
+    return xp.where(s > s[-1] * units + noise, s, s * 0.0)
 
 
 def matmul(correlation: Array, rule: Rule, noise: Array = 0.0) -> Array:

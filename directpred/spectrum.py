@@ -180,12 +180,12 @@ class BoostScale:
 
 def _over_largest(s: Array) -> Array:
     """Eigenvalues (dim,), ascending and ≥ 0, over the largest; all 1 where they are all 0."""
-    xp, top = array_namespace(s), s[-1]
-    zero = top == 0  # and not where it is NaN
+    xp = array_namespace(s)
     if readable(s):
-        return xp.ones_like(s) if zero else s / top
-    one = xp.ones_like(s)
-    return xp.where(zero, one, s) / xp.where(zero, one[-1], top)
+        top = float(s[-1])
+        return s / top if top else xp.ones_like(s)
+    one, zero = xp.ones_like(s), s[-1] == 0  # and not where it is NaN
+    return xp.where(zero, one, s) / xp.where(zero, one[-1], s[-1])
 
 
 def _require(name: str, value: float, holds: bool, expected: str) -> None:
