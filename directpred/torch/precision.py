@@ -39,4 +39,4 @@ def _forced(device: torch.device) -> Iterator[None]:
 def _products_of(device: torch.device) -> Any:
     """The settings of matrix products on a kind of device."""
     backends = torch.backends
-    return (backends.cuda if device.type == "cuda" else backends.mkldnn).matmul  # type: ignore[attr-defined]
+    return (backends.cuda if device.type == "cuda" else backends.mkldnn).matmul
