@@ -32,7 +32,7 @@ from .replace import find, named, replace, restore
 __all__ = ["DirectPred", "replace_predictor", "restore"]
 
 RULES = {"eq18": Eq18, "directset": DirectSet, "directcopy": DirectCopy, "boost_scale": BoostScale}
-HEAD = ("rho", "freq", "between", "center", "solver", "nonfinite")
+HEAD = ("rho", "freq", "between", "center", "solver", "nonfinite", "graphs")
 # What solo-learn's YAML files for BYOL and SimSiam hold: theirs need no other change.
 SOLO = ("proj_hidden_dim", "proj_output_dim", "pred_hidden_dim", "temperature")
 

@@ -88,12 +88,12 @@ def advance(
             rule gave a weight that is not finite.
     """
     if due is None:
-        due = is_due(state.closings, options.freq, state.step_count > 0)
+        due = is_due(state.closings, options.freq, state.step_count)
     step = _on_host if known else _on_device
     return step(state, batch, options, counts, due)
 
 
-def is_due(closings: Array, freq: int, started: Array) -> Array:
+def is_due(closings: Array, freq: int, step_count: Array) -> Array:
     """Tell whether a closing sets the weight: at closings 0, freq, 2 freq, … whatever they held.
 
     In the first freq closings the weight is also due while nothing has entered F̂, so that a first
@@ -102,16 +102,16 @@ def is_due(closings: Array, freq: int, started: Array) -> Array:
     Args:
         closings: Steps closed before; a number, or a 0-d array.
         freq: Closings from one setting of the weight to the next.
-        started: Whether a step has entered F̂; a bool, or a 0-d array.
+        step_count: Steps that have entered F̂; likewise.
 
     Returns:
         A bool where the host can tell, else a 0-d array.
     """
     if not isinstance(closings, int):
-        return (closings % freq == 0) | ((closings < freq) & ~started)
+        return (closings % freq == 0) | ((closings < freq) & (step_count == 0))
     if closings % freq == 0 or closings >= freq:
         return closings % freq == 0
-    return not started if isinstance(started, bool) else ~started
+    return step_count == 0
 
 
 def _on_host(state: State, batch: Moments, options: Options, counts: Array, due: Array) -> State:

@@ -27,7 +27,9 @@ class DirectPred:
     the weight is the identity.
 
     Arrays may come from any one library that follows the array API standard: the first array seen
-    fixes library and device. Statistics and weight are float64 where the features are, else
+    fixes library and device. On a GPU, with PyTorch and CuPy, updates are recorded as a CUDA graph
+    at the third one and replayed from then on, for rules that products can solve; what is handed
+    out is a copy. ``DIRECTPRED_GRAPHS=0`` in the environment turns that off. Statistics and weight are float64 where the features are, else
     float32; before the first array they are NumPy's.
 
     In float32, features may be of any scale from 1e-17 to 1e18, over a million rows a step: the
@@ -50,7 +52,7 @@ class DirectPred:
         dim: Width of the features.
         rule: Spectral rule, one of `directpred.spectrum` or any callable s -> p.
         rho: Weight of the old correlation in the moving average, in [0, 1).
-        freq: Set the weight every freq-th update.
+        freq: Set the weight every freq-th update, whatever the updates held.
         center: Whether the weight comes from F̂ − m mᵀ, with m the moving average of the mean. In
             float32 that loses digits where the mean outweighs the standard deviation: by 10 times,
             the weight is within 2e-2, by 100 times within 0.3.

@@ -45,9 +45,9 @@ class Recorder:
         self._failed = False
         self._start(None)
 
-    def afresh(self) -> Recorder:
-        """Return one that has recorded nothing, for a copy of the state."""
-        return Recorder(self._record, self.in_place)
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For copies and pickles: a copy of the state is elsewhere, and records its own."""
+        return Recorder, (self._record, self.in_place)
 
     def _start(self, key: object) -> None:
         self._key = key
@@ -89,7 +89,7 @@ class Recorder:
     def _close(
         self, state: State, batch: Moments, options: Options, counts: Array, closings: int
     ) -> State:
-        due = is_due(closings, options.freq, state.step_count > 0)
+        due = is_due(closings, options.freq, state.step_count)
         if self._records(options):
             if self._key != (key := (options, *map(_address, state))):
                 self._start(key)

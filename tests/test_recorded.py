@@ -302,6 +302,18 @@ def test_directpred_replays_and_what_it_hands_out_stays():
         assert torch.equal(torch.as_tensor(x), torch.as_tensor(eager.state_dict()[name])), name
 
 
+def test_copies_of_directpred_go_on_by_themselves():
+    torch.manual_seed(0)
+    predictor = dp.DirectPred(DIM)
+    for _ in range(5):
+        predictor.update(rows(32))
+    z, before = rows(32), predictor.weight
+    copies = copy.deepcopy(predictor), pickle.loads(pickle.dumps(predictor))
+    weights = [[each.update(z).clone() for _ in range(5)][-1] for each in copies]
+    assert torch.equal(predictor.weight, before)
+    assert all(torch.equal(weight, weights[0]) for weight in weights)
+
+
 def test_directpred_that_raises_is_as_it_was():
     torch.manual_seed(0)
     predictor = dp.DirectPred(DIM)

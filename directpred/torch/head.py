@@ -65,7 +65,7 @@ class DirectPredHead(nn.Module):
         dim: Width of the features.
         rule: Spectral rule, one of `directpred.spectrum` or any callable s -> p.
         rho: Weight of the old correlation in the moving average, in [0, 1).
-        freq: Set the weight every freq-th step.
+        freq: Set the weight every freq-th step, whatever the steps held.
         between: What happens to the weight from one setting to the next: "hold" it (it is a buffer
             and the head has no parameters), or "train" it (it is a parameter, for an optimizer).
         center: Whether the weight comes from the centred correlation; its precision is that of
@@ -75,9 +75,9 @@ class DirectPredHead(nn.Module):
             on a GPU needs no synchronisation with the host; or "raise" a `ValueError` in the
             forward pass, and with several ranks when the step is closed.
         process_group: The ranks to merge over; by default all.
-        graphs: Whether a CUDA graph is recorded of the closing of a step, after two of them, and
-            replayed from then on. The environment variable ``DIRECTPRED_GRAPHS=0`` turns it off
-            too. A rule that needs an eigendecomposition cannot be recorded.
+        graphs: Whether, on a GPU, the head records a CUDA graph of the closing of a step, after two
+            of them, and replays it from then on. The environment variable ``DIRECTPRED_GRAPHS=0``
+            turns it off too. A rule that needs an eigendecomposition cannot be recorded.
         device: Of the state.
         dtype: Of the state, float32 (the default) or float64.
 
@@ -357,8 +357,8 @@ class DirectPredHead(nn.Module):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles: an optimizer's hook and a recording belong to the original."""
-        return {**self.__dict__, "_optimizer": None, "_recorder": self._recorder.afresh()}
+        """For copies and pickles: an optimizer's hook belongs to the original."""
+        return {**self.__dict__, "_optimizer": None}
 
 
 def _in_backward() -> bool:
