@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import directpred.jax as dpj
 from directpred.correlation import Moments, merge
 
-__all__ = ["Head", "close_step", "initial_head", "replace_predictor"]
+__all__ = ["Head", "close_step", "initial_head", "replace_predictor", "step"]
 
 
 class Head(NamedTuple):
@@ -114,6 +114,10 @@ def close_step(state: hk.State, axis_name: Hashable = None) -> Any:
     if not any(map(is_head, jax.tree.leaves(state, is_leaf=is_head))):
         raise ValueError(f"expected a haiku state with a DirectPred head, got one of {[*state]}")
     return jax.tree.map(close, state, is_leaf=is_head)
+
+
+step = close_step
+"""The word of the other libraries for it."""
 
 
 def _is_call(call: hk.MethodContext, name: str) -> bool:

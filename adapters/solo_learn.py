@@ -10,7 +10,7 @@ solo-learn's own BYOL or SimSiam with a `DirectPredHead` in place of the learned
       base: byol  # or simsiam; all from here on may be left out
       rule: eq18  # or directset, directcopy, boost_scale
       eps: 0.1  # the other fields of the rule (alpha, power, inside, floor) likewise
-      rho: 0.3  # and freq, between, center, solver, nonfinite: options of DirectPredHead
+      rho: 0.3  # and freq, between, center, solver, nonfinite, graphs: of DirectPredHead
 """
 
 from __future__ import annotations

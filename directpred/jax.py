@@ -30,6 +30,7 @@ from directpred import state as core
 from directpred.correlation import Moments, merge, moments
 from directpred.features import check_dim, check_features
 from directpred.method import Options, advance
+from directpred.solvers import SolverName
 from directpred.spectrum import Eq18, Rule
 
 __all__ = [
@@ -78,7 +79,7 @@ def init(
     rho: float = 0.3,
     freq: int = 1,
     center: bool = False,
-    solver: str = "auto",
+    solver: SolverName = "auto",
     dtype: DTypeLike = jnp.float32,
 ) -> State:
     """Make the state before the first update.

@@ -15,7 +15,7 @@ from directpred.correlation import (
     peak_on_host,
     rounding,
 )
-from directpred.solvers import SOLVERS, solvable_by_matmul
+from directpred.solvers import SOLVERS, SolverName, solvable_by_matmul
 from directpred.spectrum import Rule
 from directpred.state import State
 
@@ -33,7 +33,7 @@ class Options(NamedTuple):
     rho: float
     freq: int
     center: bool
-    solver: str
+    solver: SolverName
     nonfinite: NonFinite
 
     def validate(self) -> Options:

@@ -13,6 +13,7 @@ from directpred.correlation import Moments, is_finite, merge, moments
 from directpred.features import check_dim, check_features, describe_nonfinite
 from directpred.method import NonFinite, Options, advance
 from directpred.recorded import Recorder, recorder_for
+from directpred.solvers import SolverName
 from directpred.spectrum import Eq18, Rule
 from directpred.state import State, from_dict, initial_state, moved, to_dict
 
@@ -74,7 +75,7 @@ class DirectPred:
         rho: float = 0.3,
         freq: int = 1,
         center: bool = False,
-        solver: str = "auto",
+        solver: SolverName = "auto",
         nonfinite: NonFinite = "raise",
     ) -> None:
         self.dim = check_dim(dim)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Protocol, TypeAlias, cast
+from typing import Literal, Protocol, TypeAlias, cast
 
 from directpred.array import (
     Array,
@@ -26,6 +26,7 @@ from directpred.matrix import largest_eigenvalue, powers, square_root
 from directpred.spectrum import Rule
 
 Solver: TypeAlias = Callable[[Array, Rule, Array], Array]
+SolverName: TypeAlias = Literal["auto", "eigh", "matmul"]
 
 
 def eigh(correlation: Array, rule: Rule, noise: Array = 0.0) -> Array:

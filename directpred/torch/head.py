@@ -20,6 +20,7 @@ from directpred.correlation import Moments, is_finite, merge, moments
 from directpred.features import check_dim, check_features, describe_nonfinite
 from directpred.method import NonFinite, Options, advance
 from directpred.recorded import Recorder, written
+from directpred.solvers import SolverName
 from directpred.spectrum import Eq18, Rule
 from directpred.state import State, from_dict, initial_state, moved, to_dict
 from directpred.torch.closing import Attached, Pending, attached, close_by_hand
@@ -109,7 +110,7 @@ class DirectPredHead(nn.Module):
         freq: int = 1,
         between: Literal["hold", "train"] = "hold",
         center: bool = False,
-        solver: str = "auto",
+        solver: SolverName = "auto",
         nonfinite: NonFinite = "skip",
         process_group: dist.ProcessGroup | None = None,
         graphs: bool = True,
