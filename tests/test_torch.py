@@ -406,6 +406,18 @@ def test_a_wrong_state_is_named_and_changes_nothing(spoil, message):
     assert all(torch.equal(before[k], v) for k, v in head.state_dict().items())
 
 
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_state_from_before_version_3_loads(version):
+    head, other = DirectPredHead(DIM, freq=3), DirectPredHead(DIM, freq=3)
+    for _ in range(5):
+        head(torch.randn(9, DIM))
+        head.step()
+    old = {k: v for k, v in head.state_dict().items() if k != "closings"}
+    assert not any(other.load_state_dict(old | {"version": torch.tensor(version)}))
+    for name, value in head.state_dict().items():
+        assert torch.equal(other.state_dict()[name], value), name
+
+
 def test_a_wrong_state_inside_a_model_is_named_with_its_place():
     model = nn.ModuleDict({"predictor": DirectPredHead(DIM)})
     with pytest.raises(RuntimeError, match="predictor: correlation must be of shape"):

@@ -22,7 +22,7 @@ from directpred.method import NonFinite, Options, advance
 from directpred.recorded import Recorder, written
 from directpred.solvers import SolverName
 from directpred.spectrum import Eq18, Rule
-from directpred.state import State, from_dict, initial_state, moved, to_dict
+from directpred.state import State, from_dict, initial_state, moved, to_dict, to_numpy
 from directpred.torch.closing import Attached, Pending, attached, close_by_hand
 from directpred.torch.graph import capturing, record
 from directpred.torch.precision import full_precision
@@ -283,6 +283,7 @@ class DirectPredHead(nn.Module):
                 assign(state[:3], after[:3])  # in place: references to the buffers stay valid
                 for count, value in zip(state[3:], after[3:], strict=True):
                     count.fill_(value)
+                self._closed = after.closings
             else:
                 closed = int(self.closings) if self._closed is None else self._closed
                 self._recorder.close(state, batch, self.options, counts, closed)
@@ -323,12 +324,14 @@ class DirectPredHead(nn.Module):
         error_msgs: list[str],
     ) -> None:
         """Load all or nothing: where an entry is missing or wrong, the head stays as it was."""
-        expected = to_dict(self._state(), None).keys()
         entries = {
             key.removeprefix(prefix): value
             for key, value in state_dict.items()
             if key.startswith(prefix)
         }
+        expected = [*to_dict(self._state(), None)]
+        if to_numpy(entries.get("version")).tolist() in (1, 2):
+            expected.remove("closings")
         missing = [prefix + name for name in expected if name not in entries]
         unexpected = [n for n in entries if n not in expected and not n.startswith("accumulated_")]
         missing_keys += missing
