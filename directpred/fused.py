@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from array_api_compat import is_cupy_array
 
-from directpred.array import Array, is_torch
+from directpred.array import Array, array_namespace, is_torch
 
 LARGE = 1024
 """The dim from which on products take longer than what surrounds them."""
@@ -30,6 +30,13 @@ def add_product(x: Array, y: Array, z: Array, scale: float = 1.0) -> Array:
     if is_torch(x) and is_torch(z):
         return x.addcmul(y, z, value=scale)
     return x + (scale * z) * y
+
+
+def add_flag(count: Array, flag: Array) -> Array:
+    """Return count + 1 where a 0-d boolean holds, else count, 0-d integer."""
+    if is_torch(flag):
+        return count + flag
+    return count + array_namespace(count).astype(flag, count.dtype)
 
 
 class Operand(NamedTuple):

@@ -15,6 +15,7 @@ from directpred.correlation import (
     peak_on_host,
     rounding,
 )
+from directpred.fused import add_flag
 from directpred.solvers import SOLVERS, SolverName, solvable_by_matmul
 from directpred.spectrum import Rule
 from directpred.state import State
@@ -161,14 +162,12 @@ def _on_device(state: State, batch: Moments, options: Options, counts: Array, du
         sets = fits & (enters | started) if due is True else fits & (enters | started) & due
         weight = xp.where(sets, weight, state.weight)
         enters = enters & (fits if due is True else fits | ~due)
-    entered = xp.astype(enters, state.step_count.dtype)
-    counted = 1 if counts is True else xp.astype(counts, state.step_count.dtype)
     return State(
         xp.where(enters, moved, state.correlation),
         xp.where(enters, mean, state.mean),
         weight,
-        state.step_count + entered,
-        state.skipped + (counted - entered),
+        add_flag(state.step_count, enters),
+        add_flag(state.skipped, ~enters if counts is True else counts & ~enters),
         state.closings + 1,
     )
 
