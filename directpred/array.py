@@ -68,11 +68,11 @@ def host_view(x: Array) -> np.ndarray[Any, Any] | None:
 def scipy_linalg(x: Array) -> Any:
     """Return `scipy.linalg` where it is installed and faster for a matrix x, else None.
 
-    NumPy converts float32 to float64 for a decomposition: twice the time. Small matrices are not
-    worth the import.
+    NumPy converts float32 to float64 for a decomposition: twice the time. For smaller matrices the
+    threads of SciPy's own OpenBLAS, which wait for those of NumPy's, cost more than that.
     """
     single = isinstance(x, np.ndarray) and x.dtype == np.float32
-    return _scipy_linalg() if single and x.shape[0] >= 64 else None
+    return _scipy_linalg() if single and x.shape[0] >= 256 else None
 
 
 @cache

@@ -188,12 +188,12 @@ def test_float32_of_numpy_is_decomposed_in_float32_where_scipy_is_installed(monk
     )
     a = {}
     for dtype in ("float32", "float64"):
-        z = rng.normal(size=(40, 96)).astype(dtype)
+        z = rng.normal(size=(40, 288)).astype(dtype)
         a[dtype] = z.T @ z
         before = a[dtype].copy()
         SOLVERS["eigh"](a[dtype], dp.Eq18())
         np.testing.assert_array_equal(a[dtype], before)
-    SOLVERS["eigh"](a["float32"][:32, :32], dp.Eq18())
+    SOLVERS["eigh"](a["float32"][:200, :200], dp.Eq18())
     assert drivers == ["evd"]
     weight = SOLVERS["eigh"](a["float32"], dp.DirectSet())
     monkeypatch.setattr("directpred.array._scipy_linalg", lambda: None)
@@ -210,8 +210,8 @@ def test_eigh_of_what_is_not_finite_comes_back(monkeypatch, rng, value, scipy):
     """LAPACK is not told to look for it; callers check the features and the weight."""
     if not scipy:
         monkeypatch.setattr("directpred.array._scipy_linalg", lambda: None)
-    for at in ((0, 0), (2, 1), (95, 95), (95, 3), slice(None)):
-        a = np.cov(rng.normal(size=(96, 200))).astype("float32")
+    for at in ((0, 0), (2, 1), (287, 287), (287, 3), slice(None)):
+        a = np.cov(rng.normal(size=(288, 600))).astype("float32")
         a[at] = value
         a[at if isinstance(at, slice) else at[::-1]] = value
         try:
