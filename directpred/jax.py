@@ -88,7 +88,7 @@ def init(
         dim: Width of the features.
         rule: Spectral rule, one of `directpred.spectrum` or any hashable callable s -> p.
         rho: Weight of the old correlation in the moving average, in [0, 1).
-        freq: Set the weight every freq-th update.
+        freq: Set the weight every freq-th update, whatever the updates held.
         center: Whether the weight comes from the centred correlation; its precision is that of
             `directpred.DirectPred`.
         solver: As `directpred.DirectPred`.
@@ -113,8 +113,8 @@ def init(
 def update(state: State, *views: ArrayLike, axis_name: Hashable = None) -> tuple[State, jax.Array]:
     """Take one step with all rows of all views: Eq. 19, and the weight where it is due.
 
-    A batch that is not finite, or whose correlation or weight overflows, leaves the state as it was
-    and is counted in `skipped`. With freq > 1 the solve is computed at every update.
+    A batch that is not finite, or whose correlation or weight overflows, does not enter F̂ and is
+    counted in `skipped`. With freq > 1 the solve is computed at every update.
 
     Args:
         state: The state before the step.
@@ -161,8 +161,8 @@ def gather(state: State, *views: ArrayLike) -> Moments:
 def close(state: State, batch: Moments, axis_name: Hashable = None) -> tuple[State, jax.Array]:
     """Close a step with what was gathered for it: Eq. 19, and the weight where it is due.
 
-    Moments of no rows leave the state as it was; those that are not finite do too, and are counted
-    in `skipped`.
+    Moments of no rows leave the state as it was. Those that are not finite do not enter F̂, and are
+    counted in `skipped`.
 
     Args:
         state: The state before the step.

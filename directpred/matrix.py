@@ -2,21 +2,21 @@
 
 An eigendecomposition on a GPU waits for the host and cannot be captured in a CUDA graph; a fixed
 sequence of products does neither. The polynomials are derived here, not tabulated. Error of the
-square root in spectral norm, relative to its own, before rounding (`root_error`); four products
-more are shared with the largest eigenvalue:
+square root in spectral norm, relative to its own, before rounding (`root_error`); two products more
+are shared with the largest eigenvalue:
 
 ===== ======== =======
 steps products error
 ===== ======== =======
     2        5 1.3e-02
-    3        9 2.2e-03
-    4       13 3.4e-04
-    5       17 5.3e-05
-    6       21 7.8e-06
-    7       25 1.1e-06
-    8       29 1.6e-07
-    9       33 2.3e-08
-   10       37 3.3e-09
+    3       10 2.2e-03
+    4       15 3.4e-04
+    5       20 5.3e-05
+    6       25 7.8e-06
+    7       30 1.1e-06
+    8       35 1.6e-07
+    9       40 2.3e-08
+   10       45 3.3e-09
 ===== ======== =======
 
 The solver takes 4 steps in float32, where rounding adds about 2e-4, and 9 in float64.

@@ -60,6 +60,28 @@ def test_the_table_of_many_ranks_is_what_its_example_prints(capsys):
     assert capsys.readouterr().out in page
 
 
+def anchors(path):
+    """The anchors that GitHub gives the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    kept = (re.sub(r"[^\w\- ]", "", heading.lower()) for heading in headings)
+    return {heading.replace(" ", "-") for heading in kept}
+
+
+@pytest.mark.parametrize(
+    ("page", "link", "anchor"),
+    [
+        (name, link, anchor)
+        for name, page in PAGES.items()
+        for link, anchor in re.findall(
+            r"\]\((?!https?:)([^)#]*)#([^)]+)\)", page.read_text(encoding="utf-8")
+        )
+    ],
+)
+def test_linked_headings_exist(page, link, anchor):
+    path = PAGES[page].parent / link if link else PAGES[page]
+    assert anchor in anchors(path)
+
+
 @pytest.mark.parametrize(("page", "link"), LINKS)
 def test_linked_files_exist(page, link):
     assert (PAGES[page].parent / link).exists()

@@ -57,7 +57,7 @@ def _modes(alpha_p: float, eps: float, knobs: dict[str, Any]) -> tuple[list[Find
     """The modes alone, many at once; the trained ones start on the parabola."""
     eta, tau, (lower, _) = knobs["eta"], knobs["tau"], existing_fixed_points(**knobs)
     tops, rescued = _tops(alpha_p, eps, knobs)
-    by_rule = partial(modes_directpred, rule=Eq18(eps), **knobs)
+    by_rule = partial(modes_directpred, rule=Eq18(eps, normalize=False), **knobs)
     trained = partial(modes, alpha_p=alpha_p, **knobs)
     s = np.geomspace(1e-8, 0.3, 60) * tau**2
     times = np.array([0, 60 / eta])
@@ -111,7 +111,7 @@ def _full(
     sigma2, eta, tau = knobs["sigma2"], knobs["eta"], knobs["tau"]
     tops, rescued = _tops(alpha_p, eps, knobs)
     lower, _ = existing_fixed_points(**knobs)
-    rng, rule, eye = np.random.default_rng(seed), Eq18(eps), np.eye(outputs)
+    rng, rule, eye = np.random.default_rng(seed), Eq18(eps, normalize=False), np.eye(outputs)
     # Singular values of W(0) over two decades: some modes start in the basin of collapse.
     roots = np.geomspace(0.003, 0.3, outputs) * tau
     u, v = (np.linalg.qr(rng.normal(size=(outputs, outputs)))[0] for _ in range(2))

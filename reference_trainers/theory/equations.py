@@ -163,7 +163,7 @@ def set_predictor(W: Array, W_p: Array, X: Array, predictor: str, rule: Rule | N
     if predictor == "none":
         return np.eye(len(W))
     if predictor == "directpred":
-        weight: Array = eigh(W @ X @ W.T, rule or Eq18())
+        weight: Array = eigh(W @ X @ W.T, rule or Eq18(normalize=False))
         return weight
     return W_p
 

@@ -43,7 +43,7 @@ def simulate(
     """
     if beta is not None and not stop_gradient:
         raise UsageError("--no-stop-gradient takes a target W_a = τW; leave out --beta")
-    rng, rule = np.random.default_rng(seed), Eq18(eps)
+    rng, rule = np.random.default_rng(seed), Eq18(eps, normalize=False)
     X, X_prime = correlations(dim, sigma2, rng, isotropic)
     W, W_p = 0.4 * random_matrix(outputs, dim, rng), 0.4 * random_symmetric(outputs, rng)
     s, u = np.linalg.eigh(W @ X @ W.T)
