@@ -28,10 +28,12 @@ class DirectPred:
     the weight is the identity.
 
     Arrays may come from any one library that follows the array API standard: the first array seen
-    fixes library and device. On a GPU, with PyTorch and CuPy, updates are recorded as a CUDA graph
-    at the third one and replayed from then on, for rules that products can solve; what is handed
-    out is a copy. ``DIRECTPRED_GRAPHS=0`` in the environment turns that off. Statistics and weight are float64 where the features are, else
+    fixes library and device. Statistics and weight are float64 where the features are, else
     float32; before the first array they are NumPy's.
+
+    On a GPU, with PyTorch or CuPy, updates are recorded as a CUDA graph at the third one, and
+    replayed from then on, for rules that products can solve; what is handed out is a copy.
+    ``DIRECTPRED_GRAPHS=0`` in the environment turns that off.
 
     In float32, features may be of any scale from 1e-17 to 1e18, over a million rows a step: the
     weight is within 1e-3 of ‖W_p‖ of the exact one, or 2e-3 by matrix products. Below, the
