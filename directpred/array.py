@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any, TypeAlias
 
@@ -82,6 +83,15 @@ def _scipy_linalg() -> Any:
     except ImportError:
         return None
     return scipy.linalg
+
+
+def exact_products(x: Array) -> AbstractContextManager[None]:
+    """Multiply arrays like x in their dtype, whatever PyTorch's user allows for a network."""
+    if not is_torch(x):
+        return nullcontext()
+    from directpred.torch.precision import full_precision
+
+    return full_precision(x.device)
 
 
 def detached(x: Array) -> Array:

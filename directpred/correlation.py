@@ -120,16 +120,16 @@ def moving_average(
 
     Args:
         average: F̂, or the running mean; any shape.
-        batch_sum: The sum over the rows of the batch, in `unit`, of the same shape.
+        batch_sum: The sum over the rows of the batch, of the same shape.
         rho: Weight of the old average in [0, 1], 0 to start at the batch; a number or 0-d.
-        share: Weight of each row, (1 − rho) over their number; likewise.
-        unit: What the sum is in.
+        share: Weight of the sum, (1 − rho) over the number of rows; likewise.
+        unit: What the share is to be multiplied by.
 
     Source: Tian, Chen, Ganguli, ICML 2021 (arXiv 2102.06810), Eq. 19.
     """
     if isinstance(share, float):
-        return add_scaled(average * rho, batch_sum, share / unit)
-    return add_product(average * rho, batch_sum, share, 1 / unit)
+        return add_scaled(average * rho, batch_sum, share * unit)
+    return add_product(average * rho, batch_sum, share, unit)
 
 
 def rounding(mean: Array, share: Array, center: bool) -> Array:
@@ -141,7 +141,7 @@ def rounding(mean: Array, share: Array, center: bool) -> Array:
 
     Args:
         mean: Moving average of the mean, m, (dim,).
-        share: Weight of each row of the batch in F̂; a number or 0-d.
+        share: Weight of the batch sum in F̂; a number or 0-d.
         center: Whether m mᵀ is subtracted.
 
     Returns:
@@ -150,7 +150,6 @@ def rounding(mean: Array, share: Array, center: bool) -> Array:
     xp = array_namespace(mean)
     info = xp.finfo(mean.dtype)
     units = mean.shape[0] ** 0.5 * float(info.eps)
-    noise = share * (units * float(info.smallest_normal) / UNIT) + units * float(
-        info.smallest_normal
-    )
+    underflow = units * float(info.smallest_normal)
+    noise = share * underflow + underflow
     return noise + 2 * units * xp.max(mean * mean) if center else noise

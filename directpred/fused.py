@@ -32,6 +32,13 @@ def add_product(x: Array, y: Array, z: Array, scale: float = 1.0) -> Array:
     return x + (scale * z) * y
 
 
+def complement(rho: Array, scale: float) -> Array:
+    """Return scale · (1 − rho), of 0-d arrays."""
+    return (
+        sys.modules["torch"].rsub(rho, scale, alpha=scale) if is_torch(rho) else scale * (1 - rho)
+    )
+
+
 def add_flag(count: Array, flag: Array) -> Array:
     """Return count + 1 where a 0-d boolean holds, else count, 0-d integer."""
     if is_torch(flag):

@@ -30,7 +30,15 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 
 from directpred.array import Array, array_namespace, device
-from directpred.fused import Operand, add_product, add_scaled, matmul, operand, rough_square
+from directpred.fused import (
+    Operand,
+    add_product,
+    add_scaled,
+    matmul,
+    operand,
+    rough_square,
+    scaled_matmul,
+)
 
 Polynomial: TypeAlias = tuple[float, ...]
 """Coefficients of an odd polynomial, of the powers `FIRST` or `LATER` of x."""
@@ -210,10 +218,11 @@ def positive_part(matrix: Array) -> Array:
     first, *later = _SINGLE if _is_single(matrix) else _DOUBLE
     sign = matrix / (1 + 4 * tolerance(matrix))  # beyond 1 the polynomials leave the interval
     for a, b, c, d, e in ((*first[:3], 0.0, first[3]), *later):
-        square = sign @ sign
-        fourth = square @ square
-        sign = sign @ (a * eye + b * square + fourth @ (c * eye + d * square + e * fourth))
-    half = matrix @ (0.25 * (eye + sign))
+        square = scaled_matmul(sign, sign, 1.0)
+        fourth = scaled_matmul(square, square, 1.0)
+        inner = scaled_matmul(fourth, c * eye + d * square + e * fourth, 1.0)
+        sign = scaled_matmul(sign, a * eye + b * square + inner, 1.0)
+    half = scaled_matmul(matrix, eye + sign, 0.25)
     return half + half.T
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 from typing import Literal, NamedTuple, TypeAlias
 
 from directpred.array import Array, array_namespace
@@ -15,7 +16,7 @@ from directpred.correlation import (
     peak_on_host,
     rounding,
 )
-from directpred.fused import add_flag
+from directpred.fused import add_flag, complement
 from directpred.solvers import SOLVERS, SolverName, solvable_by_matmul
 from directpred.spectrum import Rule
 from directpred.state import State
@@ -41,6 +42,8 @@ class Options(NamedTuple):
         """Return these options, or raise a `TypeError` or `ValueError` that names the wrong one."""
         if not callable(self.rule) or isinstance(self.rule, type):
             raise TypeError(f"rule must be a callable s -> p such as Eq18(), got {self.rule!r}")
+        if not isinstance(self.rho, Real):
+            raise TypeError(f"rho must be a number in [0, 1), got {self.rho!r}")
         if not 0 <= self.rho < 1:
             raise ValueError(f"rho must be in [0, 1), got {self.rho!r}")
         if not isinstance(self.freq, int) or isinstance(self.freq, bool) or self.freq < 1:
@@ -53,7 +56,7 @@ class Options(NamedTuple):
             raise ValueError(f"solver 'matmul' cannot take {self.rule!r}, which needs 'eigh'")
         if self.nonfinite not in ("raise", "skip"):
             raise ValueError(f"nonfinite must be 'raise' or 'skip', got {self.nonfinite!r}")
-        return self
+        return self._replace(rho=float(self.rho))  # a scalar of NumPy would decide the dtype
 
 
 def advance(
@@ -124,9 +127,9 @@ def _on_host(state: State, batch: Moments, options: Options, counts: Array, due:
     correlation, mean, weight, share = state.correlation, state.mean, state.weight, 0.0
     if enters:
         rho = options.rho if started else 0.0
-        share = (1 - rho) / int(batch.rows)
-        correlation = moving_average(correlation, batch.outer, rho, share, UNIT)
-        mean = moving_average(mean, batch.total, rho, share)
+        share = (1 - rho) / UNIT / int(batch.rows)
+        correlation = moving_average(correlation, batch.outer, rho, share)
+        mean = moving_average(mean, batch.total, rho, share, UNIT)
     if due and (enters or started):
         weight = set_weight(correlation, mean, share, options)
         if not peak_on_host(weight) < math.inf:
@@ -146,10 +149,11 @@ def _on_device(state: State, batch: Moments, options: Options, counts: Array, du
     xp = array_namespace(state.weight)
     started = state.step_count > 0
     rho = options.rho * xp.astype(started, state.weight.dtype)
-    share = (1 - rho) / batch.rows
-    moved = moving_average(state.correlation, batch.outer, rho, share, UNIT)
-    mean = moving_average(state.mean, batch.total, rho, share)
-    enters = (peak(moved) < math.inf) & counts  # 0 / 0 where there are no rows
+    rows = max(batch.rows, 1) if isinstance(batch.rows, int) else xp.clip(batch.rows, min=1)
+    share = complement(rho, 1 / UNIT) / rows
+    moved = moving_average(state.correlation, batch.outer, rho, share)
+    mean = moving_average(state.mean, batch.total, rho, share, UNIT)
+    enters = (peak(moved) < math.inf) & counts
     weight = state.weight
     if due is not False:
         weight = set_weight(

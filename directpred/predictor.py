@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from directpred.array import Array, array_namespace, detached, device, on_host
+from directpred.array import Array, array_namespace, detached, device, exact_products, on_host
 from directpred.correlation import Moments, is_finite, merge, moments
 from directpred.features import check_dim, check_features, describe_nonfinite
 from directpred.method import NonFinite, Options, advance
@@ -240,7 +240,8 @@ class DirectPred:
         self._check(*views)
         state, batch = self._on_library_of(views[0])
         for z in views:
-            gathered = moments(detached(z), state.weight.dtype)
+            with exact_products(z):
+                gathered = moments(detached(z), state.weight.dtype)
             if self.options.nonfinite == "raise" and not is_finite(gathered):
                 raise ValueError(describe_nonfinite(z))
             batch = gathered if batch is None else merge(batch, gathered)
@@ -248,11 +249,12 @@ class DirectPred:
         return state, batch
 
     def _close(self, state: State, batch: Moments) -> Array:
-        if on_host(state.weight):
-            state = advance(state, batch, self.options, known=True)
-        else:
-            self._recorder = self._recorder or recorder_for(state.weight)
-            state = self._recorder.close(state, batch, self.options, True, self._closed)
+        with exact_products(state.weight):
+            if on_host(state.weight):
+                state = advance(state, batch, self.options, known=True)
+            else:
+                self._recorder = self._recorder or recorder_for(state.weight)
+                state = self._recorder.close(state, batch, self.options, True, self._closed)
         self._state, self._accumulated = state, None
         self._closed += 1
         return self.weight

@@ -77,21 +77,22 @@ class Recorder:
         raises = options.nonfinite == "raise"
         if raises and bool(counts) and not is_finite(batch):
             raise ValueError(NOT_FINITE)
-        skipped = int(state.skipped) if raises else 0
+        xp = array_namespace(state.weight)
+        before = State(*(xp.asarray(x, copy=True) for x in state)) if raises else state
         after = self._close(state, batch, options, counts, closings)
-        if raises and int(after.skipped) > skipped:
+        if raises and int(after.skipped) > int(before.skipped):
             if self.in_place:
-                fill(state.skipped, skipped)
-                fill(state.closings, closings)
+                written(state, before)
             raise ValueError(f"the rule {options.rule!r} gave a weight that is not finite")
         return after
 
     def _close(
         self, state: State, batch: Moments, options: Options, counts: Array, closings: int
     ) -> State:
-        due = is_due(closings, options.freq, state.step_count)
-        if self._records(options):
-            if self._key != (key := (options, *map(_address, state))):
+        inside = _capturing(state.weight)  # of the user's graph the device decides what is due
+        due = is_due(state.closings if inside else closings, options.freq, state.step_count)
+        if not inside and self._records(options):
+            if self._key != (key := (options, _settings(options.rule), *map(_address, state))):
                 self._start(key)
             if self._seen >= WARM and self._replay(state, batch, options, counts, due):
                 changed(state)
@@ -175,6 +176,21 @@ def recorder_for(x: Array) -> Recorder:
 
         return Recorder(record_cupy if x.shape[0] <= LARGEST else None)
     return Recorder(None, in_place=False)
+
+
+def _capturing(x: Array) -> bool:
+    """Tell whether the user records a graph of PyTorch, which the closing shall then be part of."""
+    if not (is_torch(x) and x.is_cuda):
+        return False
+    from directpred.torch.graph import capturing
+
+    return capturing(x)
+
+
+def _settings(rule: Any) -> object:
+    """The numbers that a rule of the user's own may change between steps."""
+    settings = getattr(rule, "__dict__", {}).items()
+    return tuple((name, x) for name, x in settings if isinstance(x, int | float | str))
 
 
 def _address(x: Array) -> object:

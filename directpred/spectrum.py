@@ -17,7 +17,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeAlias
+from numbers import Real
+from typing import Any, TypeAlias
 
 from directpred.array import Array, array_namespace, readable
 from directpred.fused import add_product, add_scaled
@@ -48,7 +49,7 @@ class Eq18:
     normalize: bool = True
 
     def __post_init__(self) -> None:
-        _require("eps", self.eps, self.eps >= 0, "≥ 0")
+        _require(self, "eps", lambda x: x >= 0, "≥ 0")
 
     def __call__(self, s: Array) -> Array:
         """Map eigenvalues (dim,), ascending and ≥ 0, to those of the weight (dim,)."""
@@ -81,8 +82,8 @@ class DirectSet:
     eps: float = 0.1
 
     def __post_init__(self) -> None:
-        _require("alpha", self.alpha, self.alpha > 0, "> 0")
-        _require("eps", self.eps, self.eps >= 0, "≥ 0")
+        _require(self, "alpha", lambda x: x > 0, "> 0")
+        _require(self, "eps", lambda x: x >= 0, "≥ 0")
 
     def __call__(self, s: Array) -> Array:
         """Map eigenvalues (dim,), ascending and ≥ 0, to those of the weight (dim,)."""
@@ -112,7 +113,7 @@ class DirectCopy:
     eps: float = 0.3
 
     def __post_init__(self) -> None:
-        _require("eps", self.eps, self.eps >= 0, "≥ 0")
+        _require(self, "eps", lambda x: x >= 0, "≥ 0")
 
     def __call__(self, s: Array) -> Array:
         """Map eigenvalues (dim,), ascending and ≥ 0, to those of the weight (dim,)."""
@@ -149,9 +150,9 @@ class BoostScale:
     normalize = True
 
     def __post_init__(self) -> None:
-        _require("eps", self.eps, True, "a finite number")
-        _require("power", self.power, self.power > 0, "> 0")
-        _require("floor", self.floor, self.floor > 0, "> 0")
+        _require(self, "eps", lambda x: True, "a finite number")
+        _require(self, "power", lambda x: x > 0, "> 0")
+        _require(self, "floor", lambda x: x > 0, "> 0")
 
     def __call__(self, s: Array) -> Array:
         """Map eigenvalues (dim,), ascending and ≥ 0, to those of the weight (dim,)."""
@@ -166,9 +167,11 @@ class BoostScale:
         """0.5 for that power with eps outside of it; else None.
 
         None too for eps < −0.3, which leaves so small a weight that the error of the products,
-        which the eigenvalues before the subtraction decide, would be no small part of it.
+        which the eigenvalues before the subtraction decide, would be no small part of it; and for
+        a floor of more than 1 + eps, beyond all eigenvalues.
         """
-        return 0.5 if self.power == 0.5 and not self.inside and self.eps >= -0.3 else None
+        fits = self.eps >= -0.3 and self.floor - self.eps <= 1
+        return 0.5 if self.power == 0.5 and not self.inside and fits else None
 
     def matrix(self, powered: Array, largest: Array, eye: Array) -> Array:
         """W_p from (F̂ / ‖F̂‖)^½, 1 and I; the matrices are (dim, dim)."""
@@ -188,6 +191,12 @@ def _over_largest(s: Array) -> Array:
     return xp.where(zero, one, s) / xp.where(zero, one[-1], s[-1])
 
 
-def _require(name: str, value: float, holds: bool, expected: str) -> None:
-    if not (math.isfinite(value) and holds):
+def _require(rule: Any, name: str, holds: Callable[[float], bool], expected: str) -> None:
+    """Check an option of a rule, and keep it as a number of Python, which decides no dtype."""
+    value = getattr(rule, name)
+    if not isinstance(value, Real):
+        raise TypeError(f"{name} must be {expected}, got {value!r}")
+    if not (math.isfinite(value) and holds(float(value))):
         raise ValueError(f"{name} must be {expected}, got {value}")
+    if not isinstance(value, int):
+        object.__setattr__(rule, name, float(value))

@@ -75,5 +75,5 @@ def test_moving_average_is_eq_19(backend):
     np.testing.assert_array_equal(
         backend.to_numpy(moving_average(old, new, 0.0, 0.1)), [[1.0, 4.0]]
     )
-    got = backend.to_numpy(moving_average(old, new, 0.3, 0.07, 2.0))  # sums in units of 2
-    np.testing.assert_allclose(got, [[0.3 * 1 + 0.35 * 1, 0.3 * 2 + 0.35 * 4]], rtol=1e-15)
+    got = backend.to_numpy(moving_average(old, new, 0.3, 0.07, 2.0))  # the share twice
+    np.testing.assert_allclose(got, [[0.3 * 1 + 0.14 * 10, 0.3 * 2 + 0.14 * 40]], rtol=1e-15)

@@ -477,3 +477,35 @@ def test_repr_tells_the_options():
     assert repr(dp.DirectPred(3, rho=0.5)).startswith(
         "DirectPred(dim=3, rule=Eq18(eps=0.1, normalize=True), rho="
     )
+
+
+def test_scalars_of_numpy_decide_no_dtype(backend, rng):
+    z = backend.array(rng.normal(size=(20, 4)), "float32")
+    rules = [
+        dp.Eq18(np.float64(0.1)),
+        dp.DirectSet(np.float64(0.5), np.float32(0.1)),
+        dp.DirectCopy(np.float16(0.5)),
+        dp.BoostScale(np.float64(0.1), np.float64(0.5), floor=np.float64(1e-3)),
+    ]
+    for rule in rules:
+        predictor = dp.DirectPred(4, rule=rule, rho=np.linspace(0.1, 0.5, 2)[0])
+        for _ in range(3):
+            predictor.update(z)
+        for x in (predictor.weight, predictor.correlation, predictor.mean):
+            assert x.dtype == z.dtype, rule
+
+
+@pytest.mark.parametrize("value", ["0.3", None, [0.3]])
+def test_options_that_are_no_numbers_are_named(value):
+    with pytest.raises(TypeError, match="rho must be a number in"):
+        dp.DirectPred(4, rho=value)
+    with pytest.raises(TypeError, match="eps must be ≥ 0, got"):
+        dp.Eq18(eps=value)
+
+
+def test_products_of_torch_are_exact_whatever_its_user_allows(rng):
+    torch = pytest.importorskip("torch")
+    z = torch.from_numpy(rng.normal(size=(64, 8)).astype("float32"))
+    expected = dp.DirectPred(8).update(z)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(dp.DirectPred(8).update(z), expected)

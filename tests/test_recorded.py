@@ -126,6 +126,60 @@ def test_ranks_without_rows():
     assert_same(recorded, eager)
 
 
+@pytest.mark.parametrize("solver", ["eigh", "matmul"])
+@pytest.mark.parametrize("rule", [dp.Eq18(), dp.DirectCopy()], ids=str)
+@pytest.mark.parametrize("freq", [1, 2])
+def test_a_closing_without_rows_sets_the_weight_that_is_due_from_what_there_is(rule, solver, freq):
+    on_device, host = pair(rule=rule, solver=solver, freq=freq)
+    torch.manual_seed(0)
+    for step in range(8):
+        batch = moments(rows(32), torch.float32)
+        none = step in (2, 3, 6)
+        parts = (torch.zeros_like(x) if none else x for x in batch[:2])
+        batch = Moments(*parts, torch.tensor(0.0 if none else 32.0))
+        on_device._close(batch, None)
+        numbers = {n: int(getattr(host, n)) for n in STATE[3:]}
+        state = host._state()._replace(**numbers)
+        after = advance(state, batch, host.options, True, not none)
+        for name, value in after._asdict().items():
+            getattr(host, name).copy_(torch.as_tensor(value))
+        torch.testing.assert_close(on_device.weight, host.weight, atol=1e-5, rtol=1e-5)
+    assert int(on_device.step_count) == int(host.step_count) == 5
+
+
+def test_large_features_of_many_rows_enter():
+    recorded, eager = pair()
+    torch.manual_seed(0)
+    for _ in range(5):
+        z = 1e18 * torch.randn(4096, DIM)
+        for head in (recorded, eager):
+            head(z)
+            head.step()
+    assert int(recorded.step_count) == 5
+    assert_same(recorded, eager)
+
+
+def test_a_rule_whose_setting_changes_is_recorded_anew():
+    class Own:
+        eps = 0.1
+        matrix_power = 0.5
+        normalize = True
+
+        def __call__(self, s):
+            return (s / s[-1]).sqrt() + self.eps
+
+        def matrix(self, powered, largest, eye):
+            return powered + self.eps * eye
+
+    recorded, eager = pair(rule=Own())
+    torch.manual_seed(0)
+    for eps in (0.1, 0.5):
+        recorded.options.rule.eps = eps
+        run((recorded, eager), [[rows(32)] for _ in range(5)])
+        assert_same(recorded, eager)
+    assert recordings(recorded) == 1
+
+
 def test_a_loaded_state_is_used_by_the_same_recording():
     recorded, eager = pair(freq=2)
     torch.manual_seed(0)
@@ -236,6 +290,17 @@ def test_raise_raises_and_changes_nothing():
             assert all(torch.equal(before[name], x) for name, x in head.state_dict().items())
     assert int(recorded.closings) == int(recorded.step_count) == 6
     assert_same(recorded, eager)
+
+
+def test_a_weight_that_raises_leaves_the_weight_of_before():
+    recorded, _ = pair(rule=dp.DirectSet(1.0), freq=2, nonfinite="raise")
+    torch.manual_seed(0)
+    run((recorded,), [[rows(32)] for _ in range(6)])
+    before = copy.deepcopy(recorded.state_dict())
+    recorded._gathered = moments(torch.full((32, DIM), 1.3e19), torch.float32)
+    with pytest.raises(ValueError, match="not finite"):
+        recorded.step()
+    assert all(torch.equal(before[name], x) for name, x in recorded.state_dict().items())
 
 
 def test_a_recording_that_fails_warns_once_and_training_goes_on(monkeypatch):

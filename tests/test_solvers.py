@@ -112,6 +112,7 @@ def test_matmul_in_float32_at_dim_1024(rule, expected, rng):
     [
         dp.BoostScale(power=0.7),
         dp.BoostScale(eps=-0.4),
+        dp.BoostScale(floor=1.5),
         dp.BoostScale(inside=True),
         dp.DirectSet(0.3),
         np.sqrt,
