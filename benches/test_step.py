@@ -46,7 +46,7 @@ def test_part(bench: Bench, device: str, name: str) -> None:
         "forward": lambda: z @ weight,
         "backward": lambda: other @ weight.T,
         "correlation": lambda: moments(z, torch.float32),
-        "moving average": lambda: moving_average(correlation, correlation, 0.3, 0.7 / rows, UNIT),
+        "moving average": lambda: moving_average(correlation, correlation, 0.3, 0.7 / UNIT / rows),
         "solve": lambda: SOLVERS["auto"](correlation, Eq18()),
     }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import cache
 from typing import Any, TypeAlias
 
@@ -63,7 +63,10 @@ def host_view(x: Array) -> np.ndarray[Any, Any] | None:
     """
     if isinstance(x, np.ndarray):
         return x
-    return x.detach().numpy() if is_torch(x) and readable(x) else None
+    if is_torch(x) and readable(x):
+        with suppress(RuntimeError):  # within a transform of torch.func a tensor has no memory
+            return x.detach().numpy()
+    return None
 
 
 def scipy_linalg(x: Array) -> Any:

@@ -63,9 +63,9 @@ def moments(z: Array, dtype: Array) -> Moments:
         z = xp.reshape(z, (-1, dim))
     if z.dtype == dtype:
         return Moments(_outer(z), xp.sum(z, axis=0), z.shape[0])
-    block = max(4 * dim, 4096)
-    starts = range(0, z.shape[0], block)
-    parts = (xp.astype(z[start : start + block, :], dtype) for start in starts)
+    rows, block = z.shape[0], max(4 * dim, 4096)
+    ends = ((start, min(start + block, rows)) for start in range(0, rows, block))
+    parts = (xp.astype(z[start:end, :], dtype) for start, end in ends)
     return reduce(merge, (moments(part, dtype) for part in parts))
 
 

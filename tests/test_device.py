@@ -24,7 +24,8 @@ def rehearse(folder, verdict, steps):
     """Run steps, with GPU tests that have that verdict; the log, and where the results are."""
     tests = folder / "test_verdict.py"
     tests.write_text(HEAD + f"    {verdict}\n")
-    environment = {k: v for k, v in os.environ.items() if k != "DIRECTPRED_GRAPHS"}
+    ours = ("DIRECTPRED_GRAPHS", "PYTEST")  # pytest-benchmark measures nothing beside xdist
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
     environment |= {"PYTHON": sys.executable, "GPU_TESTS": str(tests), "STEPS": steps}
     done = subprocess.run(
         ["bash", "benches/device.sh", "rehearse", str(folder / "rehearsal")],

@@ -328,7 +328,7 @@ def test_sigterm_ends_a_comparison(
 
     monkeypatch.setattr(Runs, "run", run)
     assert main(["compare", "--seeds", "1", "--out", str(tmp_path), "--name", "it"]) == 143
-    told = f"directpred: stopped; 0 of 7 runs are in {tmp_path / 'it'}; the same command with "
+    told = f"directpred: stopped; 0 of 5 runs are in {tmp_path / 'it'}; the same command with "
     assert capsys.readouterr().err == told + "--name it goes on\n"
 
 

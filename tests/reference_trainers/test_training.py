@@ -146,7 +146,8 @@ def test_half_precision_and_channels_last(tmp_path: Path) -> None:
 @pytest.mark.parametrize("launch", ["lightning", "torchrun"])
 def test_two_processes(launch: str, tmp_path: Path) -> None:
     """The statistics are those of both ranks' images; the first rank writes the run."""
-    arguments = ["train", "--epochs", "2", "--devices", "2", "--name", "both", "--out"]
+    arguments = ["train", "--epochs", "2", "--batch-size", "128", "--devices", "2"]
+    arguments += ["--name", "both", "--out"]
     command = [str(COMMAND), *arguments, str(tmp_path)]
     if launch == "torchrun":
         torchrun = str(Path(sys.executable).with_name("torchrun"))
