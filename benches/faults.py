@@ -124,7 +124,7 @@ class Faults:
 
     @cached_property
     def seconds(self) -> float:
-        """Of a run, once the server is there that the processes fork from."""
+        """A run, once the server is there that the processes fork from."""
         started = time.perf_counter()
         self.train(*OPTIONS)
         return time.perf_counter() - started
