@@ -65,7 +65,8 @@ def host_view(x: Array) -> np.ndarray[Any, Any] | None:
         return x
     if is_torch(x) and readable(x):
         with suppress(RuntimeError):  # within a transform of torch.func a tensor has no memory
-            return x.detach().numpy()
+            view: np.ndarray[Any, Any] = x.detach().numpy()
+            return view
     return None
 
 
