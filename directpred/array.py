@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any, TypeAlias
 
@@ -37,6 +37,8 @@ def device(x: Array) -> Any:
 
 def on_host(x: Array) -> bool:
     """Tell whether reading the values of x costs no synchronisation with a device."""
+    if is_torch(x):
+        return bool(x.is_cpu)
     where = device(x)
     if where is None:  # JAX traces x, for its default device
         where = sys.modules["jax"].default_backend()
@@ -64,9 +66,11 @@ def host_view(x: Array) -> np.ndarray[Any, Any] | None:
     if isinstance(x, np.ndarray):
         return x
     if is_torch(x) and readable(x):
-        with suppress(RuntimeError):  # within a transform of torch.func a tensor has no memory
-            view: np.ndarray[Any, Any] = x.detach().numpy()
+        try:
+            view: np.ndarray[Any, Any] = x.numpy(force=x.requires_grad)
             return view
+        except RuntimeError:  # within a transform of torch.func a tensor has no memory
+            return None
     return None
 
 
@@ -91,11 +95,14 @@ def _scipy_linalg() -> Any:
 
 def exact_products(x: Array) -> AbstractContextManager[None]:
     """Multiply arrays like x in their dtype, whatever PyTorch's user allows for a network."""
-    if not is_torch(x):
-        return nullcontext()
+    return _full_precision()(x.device) if is_torch(x) else nullcontext()
+
+
+@cache
+def _full_precision() -> Any:
     from directpred.torch.precision import full_precision
 
-    return full_precision(x.device)
+    return full_precision
 
 
 def detached(x: Array) -> Array:

@@ -15,7 +15,7 @@ import numpy as np
 
 from directpred.array import Array, array_namespace, host_view, is_torch, readable
 from directpred.features import check_features, describe_nonfinite  # noqa: F401 - they were here
-from directpred.fused import add_product, add_scaled, scaled_matmul
+from directpred.fused import add_product, add_to, scaled_matmul
 
 UNIT = 2.0**-12
 """The unit of Σ z zᵀ, so that over a million rows it fits float32 where its mean does."""
@@ -128,7 +128,7 @@ def moving_average(
     Source: Tian, Chen, Ganguli, ICML 2021 (arXiv 2102.06810), Eq. 19.
     """
     if isinstance(share, float):
-        return add_scaled(average * rho, batch_sum, share * unit)
+        return add_to(average * rho, batch_sum, share * unit)
     return add_product(average * rho, batch_sum, share, unit)
 
 

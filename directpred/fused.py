@@ -8,8 +8,8 @@ parts (`Operand`) give back float32 in less time than one product in float32 tak
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 from array_api_compat import is_cupy_array
@@ -25,11 +25,24 @@ def add_scaled(x: Array, y: Array, scale: float) -> Array:
     return x.add(y, alpha=scale) if is_torch(x) else x + scale * y
 
 
+def add_to(x: Array, y: Array, scale: float) -> Array:
+    """Return x + scale · y, of one shape; x may be overwritten."""
+    return x.add_(y, alpha=scale) if is_torch(x) else x + scale * y
+
+
 def add_product(x: Array, y: Array, z: Array, scale: float = 1.0) -> Array:
     """Return x + scale · y · z, elementwise; z is 0-d or a number."""
     if is_torch(x) and is_torch(z):
         return x.addcmul(y, z, value=scale)
     return x + (scale * z) * y
+
+
+def add_transposed(x: Array) -> Array:
+    """Return x + xᵀ, exactly symmetric; x may be overwritten."""
+    # PyTorch copies a large transposed matrix in blocks, but adds it line by line.
+    if is_torch(x) and x.is_cpu and x.shape[0] >= LARGE:
+        return x.T.contiguous().add_(x)
+    return x + x.T
 
 
 def complement(rho: Array, scale: float) -> Array:
@@ -141,11 +154,7 @@ def _on_tensor_cores(x: Array) -> bool:
     )
 
 
-@contextmanager
-def _tf32() -> Iterator[None]:
-    matmul = sys.modules["torch"].backends.cuda.matmul
-    before, matmul.fp32_precision = matmul.fp32_precision, "tf32"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
+def _tf32() -> AbstractContextManager[None]:
+    from directpred.torch.precision import products_in
+
+    return products_in("tf32", "cuda")

@@ -147,7 +147,9 @@ class DirectPred:
                 finite with nonfinite="raise"; a rule whose weight is not finite. Whatever is
                 raised, the predictor is as it was before the call.
         """
-        weight = self._close(*self._gather(views))
+        self._check(*views)
+        with exact_products(views[0]):
+            weight = self._close(*self._gather(views))
         self._bound = True
         return weight
 
@@ -160,7 +162,9 @@ class DirectPred:
         Raises:
             TypeError, ValueError: As `update`.
         """
-        self._state, self._accumulated = self._gather(views)
+        self._check(*views)
+        with exact_products(views[0]):
+            self._state, self._accumulated = self._gather(views)
         self._bound = True
 
     def step(self) -> Array:
@@ -174,7 +178,8 @@ class DirectPred:
         """
         if self._accumulated is None:
             raise ValueError("step() needs at least one accumulate(z) since the last step")
-        return self._close(self._state, self._accumulated)
+        with exact_products(self._state.weight):
+            return self._close(self._state, self._accumulated)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as plain arrays with a version, the numbers as 0-d arrays of NumPy.
@@ -237,11 +242,9 @@ class DirectPred:
 
     def _gather(self, views: tuple[Array, ...]) -> tuple[State, Moments]:
         """The state in the library of the views, and their moments with those accumulated."""
-        self._check(*views)
         state, batch = self._on_library_of(views[0])
         for z in views:
-            with exact_products(z):
-                gathered = moments(detached(z), state.weight.dtype)
+            gathered = moments(detached(z), state.weight.dtype)
             if self.options.nonfinite == "raise" and not is_finite(gathered):
                 raise ValueError(describe_nonfinite(z))
             batch = gathered if batch is None else merge(batch, gathered)
@@ -249,12 +252,11 @@ class DirectPred:
         return state, batch
 
     def _close(self, state: State, batch: Moments) -> Array:
-        with exact_products(state.weight):
-            if on_host(state.weight):
-                state = advance(state, batch, self.options, known=True)
-            else:
-                self._recorder = self._recorder or recorder_for(state.weight)
-                state = self._recorder.close(state, batch, self.options, True, self._closed)
+        if on_host(state.weight):
+            state = advance(state, batch, self.options, known=True)
+        else:
+            self._recorder = self._recorder or recorder_for(state.weight)
+            state = self._recorder.close(state, batch, self.options, True, self._closed)
         self._state, self._accumulated = state, None
         self._closed += 1
         return self.weight

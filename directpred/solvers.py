@@ -8,6 +8,7 @@ what rounding may have made of an eigenvalue of 0, beyond the rounding of the ma
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from typing import Literal, Protocol, TypeAlias, cast
 
@@ -17,13 +18,14 @@ from directpred.array import (
     device,
     host_view,
     is_plain,
+    is_torch,
     on_host,
     scipy_linalg,
 )
-from directpred.fused import add_product, both
+from directpred.fused import add_product, add_transposed, both, scaled_matmul
 from directpred.lanczos import largest_eigenvalue_on_host
 from directpred.matrix import largest_eigenvalue, powers, square_root
-from directpred.spectrum import Rule
+from directpred.spectrum import RULES, Rule
 
 Solver: TypeAlias = Callable[[Array, Rule, Array], Array]
 SolverName: TypeAlias = Literal["auto", "eigh", "matmul"]
@@ -46,31 +48,39 @@ def eigh(correlation: Array, rule: Rule, noise: Array = 0.0) -> Array:
     Raises:
         ValueError: The rule returned something else than a (dim,) array.
     """
-    xp = array_namespace(correlation)
+    # On a host LAPACK takes it by columns, and is fastest on the upper triangle.
     if scipy := scipy_linalg(correlation):
-        # Transposed as LAPACK has it; without its scan for NaN, which NumPy does not make either.
         s, u = scipy.eigh(correlation.T, lower=False, driver="evd", check_finite=False)
+    elif is_torch(correlation) and on_host(correlation):
+        s, u = sys.modules["torch"].linalg.eigh(correlation.T, UPLO="U")
     else:
-        s, u = xp.linalg.eigh(correlation)
-    p = rule(_without_rounding(s, noise))
+        s, u = array_namespace(correlation).linalg.eigh(correlation)
+    p = _eigenvalues(s, rule, noise)
     if getattr(p, "shape", None) != s.shape:
         raise ValueError(
             f"the rule {rule!r} must return an array of shape {tuple(s.shape)}, "
             f"got {getattr(p, 'shape', p)!r}"
         )
-    half = (u * (p / 2)) @ u.T
-    return half + half.T  # a matrix product alone is symmetric only to rounding
+    # A matrix product alone is symmetric only to rounding.
+    return add_transposed(scaled_matmul(u * p, u.T, 0.5))
 
 
-def _without_rounding(s: Array, noise: Array) -> Array:
-    """Set eigenvalues within rounding of 0 to 0, or to NaN where the largest overflows."""
-    xp = array_namespace(s)
-    units = 8 * float(xp.finfo(s.dtype).eps)
-    if (view := host_view(s)) is not None:  # written in place: it is of the decomposition alone
-        top = float(view[-1])
-        view[view <= top * units + float(noise)] = 0.0 if math.isfinite(top) else math.nan
-        return s
-    return xp.where(s > s[-1] * units + noise, s, s * 0.0)
+def _eigenvalues(s: Array, rule: Rule, noise: Array) -> Array:
+    """Return rule(s), where eigenvalues within rounding of 0 count as 0.
+
+    Where the largest overflows they become NaN.
+    """
+    units = 8 * float(array_namespace(s).finfo(s.dtype).eps)
+    if (view := host_view(s)) is None:
+        xp = array_namespace(s)
+        return rule(xp.where(s > s[-1] * units + noise, s, s * 0.0))
+    top = float(view[-1])
+    if not view[0] > (limit := top * units + float(noise)):  # written: they are of nobody else
+        view[view <= limit] = 0.0 if math.isfinite(top) else math.nan
+    if view is not s and type(rule) in RULES:
+        # On a few numbers NumPy is several times faster than PyTorch.
+        return sys.modules["torch"].from_numpy(rule(view))
+    return rule(s)
 
 
 def matmul(correlation: Array, rule: Rule, noise: Array = 0.0) -> Array:

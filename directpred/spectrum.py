@@ -181,6 +181,10 @@ class BoostScale:
         return add_scaled(positive_part(add_scaled(powered, eye, above)), eye, self.floor)
 
 
+RULES: tuple[type, ...] = (Eq18, DirectSet, DirectCopy, BoostScale)
+"""The rules of this module, which take the arrays of any library."""
+
+
 def _over_largest(s: Array) -> Array:
     """Eigenvalues (dim,), ascending and ≥ 0, over the largest; all 1 where they are all 0."""
     xp = array_namespace(s)
