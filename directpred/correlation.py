@@ -86,6 +86,25 @@ def merge(a: Moments, b: Moments) -> Moments:
     return Moments(a.outer + b.outer, a.total + b.total, a.rows + b.rows)
 
 
+def merge_finite(a: Moments, b: Moments) -> Moments:
+    """Merge the moments of two forward passes, without one that is not finite.
+
+    Where neither is finite, the result is not.
+    """
+    if readable(a.outer):
+        if not is_finite(b):
+            return a
+        return merge(a, b) if is_finite(a) else b
+    xp = array_namespace(a.outer)
+    first, second = peak(a.outer) < math.inf, peak(b.outer) < math.inf
+
+    def merged(x: Array, y: Array) -> Array:
+        return xp.where(second, xp.where(first, x, 0.0) + y, x)
+
+    rows = xp.where(second, first * a.rows + b.rows, a.rows)
+    return Moments(merged(a.outer, b.outer), merged(a.total, b.total), rows)
+
+
 def is_finite(batch: Moments) -> bool:
     """Tell whether every feature in the batch, and its correlation, is finite; waits for a device.
 

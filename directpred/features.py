@@ -16,12 +16,13 @@ def check_dim(dim: int) -> int:
     return dim
 
 
-def check_features(z: Array, dim: int) -> None:
+def check_features(z: Array, dim: int, empty: bool = False) -> None:
     """Check that z can be features of a predictor.
 
     Args:
         z: What came as features.
         dim: The width expected.
+        empty: Whether no rows are rows too.
 
     Raises:
         TypeError: z is no array of a known library, or not real floating.
@@ -33,7 +34,7 @@ def check_features(z: Array, dim: int) -> None:
         raise TypeError(f"features must be real floating, got {z.dtype}")
     if z.ndim < 2 or z.shape[-1] != dim:
         raise ValueError(f"features must be of shape (n, {dim}), got {tuple(z.shape)}")
-    if 0 in z.shape:
+    if 0 in z.shape and not empty:
         raise ValueError(f"features must have at least one row, got shape {tuple(z.shape)}")
 
 

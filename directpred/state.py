@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeVar
 
@@ -96,6 +97,8 @@ def from_dict(entries: Mapping[str, Any], dim: int) -> tuple[State, Moments | No
             is not one that this release knows.
     """
     version = to_numpy(entries.get("version")).tolist()
+    if isinstance(version, float) and math.isfinite(version):
+        version = round(version)  # of an average of states
     if version not in range(1, VERSION + 1):
         raise ValueError(f"expected a DirectPred state of version 1 to {VERSION}, got {version!r}")
     shapes = {
@@ -121,12 +124,14 @@ def from_dict(entries: Mapping[str, Any], dim: int) -> tuple[State, Moments | No
         # What was accumulated may hold NaN: with nonfinite="skip" it is judged at the step.
         if x.dtype.kind not in "fiu" or not (np.isfinite(x).all() or "accumulated" in name):
             raise ValueError(f"{name} must hold finite numbers, got {x.dtype} {x}")
-        if not shapes[name] and not (x >= 0 and x == int(x)):
-            raise ValueError(f"{name} must be a whole number ≥ 0, got {x}")
+        if not shapes[name] and not 0 <= x < math.inf:
+            raise ValueError(f"{name} must be a number ≥ 0, got {x}")
     if version == 1 and "accumulated_outer" in arrays:
         arrays["accumulated_outer"] = arrays["accumulated_outer"] * UNIT
-    values = {name: x if x.ndim else int(x) for name, x in arrays.items()}
+    # Counts of an average of states are rounded.
+    values = {name: x if x.ndim else round(float(x)) for name, x in arrays.items()}
     if version < 3:
         values["closings"] = values["step_count"] + values["skipped"]
     state = State(**{name: values.pop(name) for name in State._fields})
-    return state, Moments(*values.values()) if values else None
+    accumulated = Moments(*values.values()) if values else None
+    return state, accumulated if accumulated and accumulated.rows else None

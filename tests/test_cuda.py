@@ -81,7 +81,7 @@ def close(heads, batches):
     for views in batches:
         for head in heads:
             for z in views:
-                head(z)
+                head.gather(z)
             head.step()
 
 
@@ -233,6 +233,7 @@ def test_a_backward_through_a_weight_that_a_replay_has_replaced_raises(replays):
     close([head], [[features(32, DIM)] for _ in range(5)])
     z = features(32, DIM).requires_grad_()
     loss = head(z).square().sum()
+    head.gather(z.detach())
     before = len(replays)
     head.step()
     assert len(replays) == before + 1
@@ -261,7 +262,7 @@ def test_a_closing_that_cannot_be_recorded_is_a_plain_one():
             for rule in (Waits(), dp.DirectSet()):
                 head = DirectPredHead({DIM}, rule=rule, device="cuda")
                 for z in batches:
-                    head(z)
+                    head.gather(z)
                     head.step()
                 weights.append(head.weight.clone())
         assert len([w for w in seen if "record" in str(w.message)]) == 1, seen
@@ -287,7 +288,7 @@ def test_loading_and_moving_after_a_recording(replays):
     z = torch.randn(32, DIM)
     for head in heads:
         head.cpu()
-        head(z)
+        head.gather(z)
         head.step()
         head.cuda()
     before = len(replays)
@@ -388,12 +389,13 @@ def test_a_captured_graph_replays_with_new_data(closings_before):
     batches = [[static.cpu().numpy()]] * closings_before
     with torch.cuda.stream(stream):
         for _ in range(closings_before):
-            head(static)
+            head.gather(static)
             head.step()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         prediction = head(static)
+        head.gather(static)
         head.step()
     for _ in range(2):
         for _ in range(4):
@@ -541,9 +543,9 @@ def test_tf32_is_kept_out(solver):
 
 def test_moving_to_the_gpu_and_back_keeps_the_state():
     head = DirectPredHead(DIM)
-    head(torch.randn(100, DIM))
+    head.gather(torch.randn(100, DIM))
     head.step()
-    head(torch.randn(100, DIM))
+    head.gather(torch.randn(100, DIM))
     before = head.state_dict()
     there = head.cuda().state_dict()
     assert all(x.is_cuda for x in (there["weight"], there["accumulated_outer"]))
@@ -653,7 +655,7 @@ def test_a_solve_that_is_not_due_is_not_launched(graphs):
     z = features(64, DIM)
 
     def closing():
-        head(z)
+        head.gather(z)
         head.step()
 
     for _ in range(20):
@@ -667,7 +669,7 @@ def test_a_closing_is_one_launch_of_a_graph():
     z = features(64, DIM)
     for head in (recorded, plain):
         close([head], [[z]] * 6)
-        head(z)
+        head.gather(z)
     assert len(launched(recorded.step)[1]) == 1
     assert launched(plain.step)[1] == []
 
@@ -695,7 +697,7 @@ def test_the_environment_turns_graphs_off(setting):
         predictor = DirectPred({DIM}, nonfinite="skip")
         for _ in range(6):
             z = torch.randn(64, {DIM}, device="cuda")
-            head(z)
+            head.gather(z)
             head.step()
             predictor.update(z)
         assert int(head.step_count) == predictor.step_count == 6

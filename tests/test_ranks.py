@@ -77,7 +77,7 @@ def uneven(rank=None, steps=STEPS):
             z = share(random(sum(rows_of(step)), DIM, step=step), step, rank)
             for part in z.split(10):
                 if len(part):
-                    heads[0](part), heads[1](part[:, :3])
+                    heads[0].gather(part), heads[1].gather(part[:, :3])
             directpred.torch.step(heads)
     assert collectives.count == (0 if rank is None else steps)
     return states(*heads)
@@ -188,7 +188,7 @@ def one_bad_rank(rank, nonfinite):
             z[2, 1] = float("nan")
         if step == 4 and rank == 2:
             z[0, 0] = float("inf")
-        head(z)
+        head.gather(z)
         try:
             head.step()
         except ValueError as error:
@@ -200,7 +200,7 @@ def without_bad_steps():
     head = DirectPredHead(DIM)
     for step in (0, 1, 2, 5):
         for rank in range(WORLD):
-            head(random(7, DIM, step=10 * step + rank))
+            head.gather(random(7, DIM, step=10 * step + rank))
         head.step()
     return states(head)
 
@@ -213,11 +213,11 @@ def resumed(rank):
     head, other = DirectPredHead(DIM), DirectPredHead(DIM)
     for step in range(4):
         for part, z in enumerate(random(2, 6, DIM, step=10 * step + rank)):
-            head(z)
+            head.gather(z)
             if step == 2 and part == 0:
                 other.load_state_dict(copy.deepcopy(head.state_dict()))
             elif step >= 2:
-                other(z)
+                other.gather(z)
         head.step()
         if step >= 2:
             other.step()
@@ -320,9 +320,9 @@ def test_it_continues_on_another_number_of_ranks(ranks):
     expected = two_heads()
     for step in range(STEPS + 1):
         rows = random(sum(rows_of(step)), DIM, step=step) if step < STEPS else z
-        expected[0](rows), expected[1](rows[:, :3])
+        expected[0].gather(rows), expected[1].gather(rows[:, :3])
         directpred.torch.step(expected)
-    alone[0](z), alone[1](z[:, :3])
+    alone[0].gather(z), alone[1].gather(z[:, :3])
     directpred.torch.step(alone)
     for mine, theirs in zip(states(*alone), states(*expected), strict=True):
         for key, value in mine.items():
@@ -335,7 +335,7 @@ def lose_a_rank(rank, port, how, folder):
     dist.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(seconds=3))
     head = DirectPredHead(DIM)
     for step in range(3):
-        head(random(4, DIM, step=step))
+        head.gather(random(4, DIM, step=step))
         if rank == 1 and step == 2:
             if how == "killed":
                 os._exit(0)

@@ -48,7 +48,7 @@ def run(heads, batches):
     for views in batches:
         for head in heads:
             for z in views:
-                head(z)
+                head.gather(z)
             head.step()
 
 
@@ -104,8 +104,8 @@ def test_steps_that_a_fused_optimizer_has_skipped(freq):
         z = rows(32)
         skipped = None if step == 6 else torch.tensor(step in (3, 5))
         for head in (recorded, eager):
-            head(z)
-            head._close(head._gathered, skipped)
+            head.gather(z)
+            head._close(head._watch.gathered, skipped)
     assert int(recorded.step_count) == 7
     assert int(recorded.skipped) == 0
     assert_same(recorded, eager)
@@ -153,7 +153,7 @@ def test_large_features_of_many_rows_enter():
     for _ in range(5):
         z = 1e18 * torch.randn(4096, DIM)
         for head in (recorded, eager):
-            head(z)
+            head.gather(z)
             head.step()
     assert int(recorded.step_count) == 5
     assert_same(recorded, eager)
@@ -239,6 +239,7 @@ def test_functional_call_with_another_state():
     z, zero = rows(32), {k: torch.zeros_like(v) for k, v in recorded.named_buffers()}
     for head in (recorded, eager):
         assert not torch.func.functional_call(head, zero, (z,)).any()
+        head.gather(z)
         head.step()
     assert_same(recorded, eager)
 
@@ -248,6 +249,7 @@ def test_a_backward_through_a_replaced_weight_raises():
     torch.manual_seed(0)
     run((recorded,), [[rows(32)] for _ in range(5)])
     loss = recorded(rows(32).requires_grad_()).square().sum()
+    recorded.gather(rows(32))
     recorded.step()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
@@ -280,11 +282,12 @@ def test_raise_raises_and_changes_nothing():
         z = rows(32) * (1e17 if step in (1, 5) else 1)
         for head in (recorded, eager):
             before = copy.deepcopy(head.state_dict())
-            head(z)
+            head.gather(z)
             if step not in (1, 5):
                 head.step()
                 continue
-            head._gathered = head._gathered._replace(outer=head._gathered.outer * 1e30)
+            gathered = head._watch.gathered
+            head._watch.gathered = gathered._replace(outer=gathered.outer * 1e30)
             with pytest.raises(ValueError, match="not finite, or their correlation overflows"):
                 head.step()
             assert all(torch.equal(before[name], x) for name, x in head.state_dict().items())
@@ -297,7 +300,7 @@ def test_a_weight_that_raises_leaves_the_weight_of_before():
     torch.manual_seed(0)
     run((recorded,), [[rows(32)] for _ in range(6)])
     before = copy.deepcopy(recorded.state_dict())
-    recorded._gathered = moments(torch.full((32, DIM), 1.3e19), torch.float32)
+    recorded._watch.gathered = moments(torch.full((32, DIM), 1.3e19), torch.float32)
     with pytest.raises(ValueError, match="not finite"):
         recorded.step()
     assert all(torch.equal(before[name], x) for name, x in recorded.state_dict().items())

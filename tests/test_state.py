@@ -123,14 +123,14 @@ def test_a_state_that_does_not_fit_the_dtype_in_use_is_named(backend, rng, open_
 def test_a_head_does_not_take_a_state_beyond_its_dtype(rng, open_step):
     torch = pytest.importorskip("torch")
     head = pytest.importorskip("directpred.torch").DirectPredHead(DIM)
-    head(torch.randn(9, DIM))
+    head.gather(torch.randn(9, DIM))
     before = {name: x.clone() for name, x in head.state_dict().items()}
     entries = {name: torch.as_tensor(x) for name, x in wide_state(rng, open_step).items()}
     with pytest.raises(RuntimeError, match=f"DirectPredHead: {TOO_WIDE}"):
         head.load_state_dict(entries)
     same(before, head.state_dict())
     head.double().load_state_dict(entries)
-    same(entries, head.state_dict())
+    same(entries, {name: x for name, x in head.state_dict().items() if name in entries})
 
 
 def test_jax_does_not_take_a_state_beyond_its_dtype(rng):

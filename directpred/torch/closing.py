@@ -6,6 +6,7 @@ an optimizer's own work runs beside it.
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from directpred.torch.ranks import several, sum_over_ranks
 
 if TYPE_CHECKING:
     from directpred.torch.head import DirectPredHead
+    from directpred.torch.owner import Leaves
 
 
 def step(model: nn.Module) -> None:
@@ -44,8 +46,59 @@ def step(model: nn.Module) -> None:
 def close_by_hand(heads: Sequence[DirectPredHead]) -> None:
     """Close the step of heads in a loop that calls for it, which they then leave it to."""
     for head in heads:
-        head._stepped_by_hand = True
+        head._watch.by_hand = True
     Pending(heads).close()
+
+
+class Watch:
+    """What a head knows between two steps; no part of its state, but for what is gathered.
+
+    Attributes:
+        gathered: Moments of the rows that belong to the step so far.
+        optimizer: The optimizer after whose steps the head closes its own.
+        attached: Whether the user has said so.
+        by_hand: Whether the user closes the steps.
+        alone: Whether nothing else closes the steps, as far as is known.
+        leaves: The parameters in front of the head.
+        waiting: Forward passes since the last step that found rows of an earlier backward pass.
+        strange: Steps of the optimizer in front of the head while it waits for another.
+        idle: Steps of its optimizer in a row that found no rows.
+        closed: Steps closed, as the host counts them, and the version of the buffer that says so;
+            None from when on a graph of the user's, or compiled code, may count.
+        said: What the head has warned of.
+        lock: For forward passes in several threads.
+    """
+
+    def __init__(self) -> None:
+        self.gathered: Moments | None = None
+        self.optimizer: weakref.ref[torch.optim.Optimizer] | None = None
+        self.attached = False
+        self.by_hand = False
+        self.alone = False
+        self.leaves: Leaves | None = None
+        self.waiting = self.strange = self.idle = 0
+        self.closed: tuple[int, object] | None = (0, None)
+        self.said: set[str] = set()
+        self.lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For copies and pickles: an optimizer's hooks belong to the original."""
+        return _watch_of_a_copy, (self.gathered, self.by_hand)
+
+    def drop(self) -> None:
+        """Forget the rows of the step."""
+        self.gathered = None
+        self.waiting = self.strange = 0
+
+    def closes_after(self) -> torch.optim.Optimizer | None:
+        """Return the optimizer that the head waits for, if it is still there."""
+        return self.optimizer() if self.optimizer is not None else None
+
+
+def _watch_of_a_copy(gathered: Moments | None, by_hand: bool) -> Watch:
+    watch = Watch()
+    watch.gathered, watch.by_hand = gathered, by_hand
+    return watch
 
 
 class Pending:
@@ -57,7 +110,7 @@ class Pending:
 
     def __init__(self, heads: Sequence[DirectPredHead]) -> None:
         self._heads = heads
-        self._batches: list[Moments | None] = [head._gathered for head in heads]
+        self._batches: list[Moments | None] = [head._watch.gathered for head in heads]
         self._apart = [i for i, head in enumerate(heads) if several(head.process_group)]
         if self._apart:
             with torch.no_grad():
@@ -90,13 +143,14 @@ class Attached:
     """The hooks of one optimizer that close the step of the heads attached to it."""
 
     def __init__(self) -> None:
-        self.heads: list[weakref.ref[DirectPredHead]] = []
+        # In the order of attachment, which with several ranks is that of collectives.
+        self.heads: weakref.WeakKeyDictionary[DirectPredHead, None] = weakref.WeakKeyDictionary()
         self.pending: Pending | None = None
         self.handles: list[RemovableHandle] = []
 
     def add(self, head: DirectPredHead, optimizer: torch.optim.Optimizer) -> None:
         """Close the steps of a head too."""
-        self.heads.append(weakref.ref(head))
+        self.heads[head] = None
         if not self.handles:
             self.handles = [
                 optimizer.register_step_pre_hook(self._before),
@@ -105,7 +159,7 @@ class Attached:
 
     def remove(self, head: DirectPredHead) -> None:
         """Close the steps of a head no more."""
-        self.heads = [each for each in self.heads if each() not in (None, head)]
+        self.heads.pop(head, None)
         if not self.heads:
             for handle in self.handles:
                 handle.remove()
@@ -113,17 +167,20 @@ class Attached:
 
     def _before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-        if closure is None:  # a closure's forward passes are still to come
-            self.pending = self._start()
+        # A closure's forward passes are still to come. What a failed step has left is replaced.
+        self.pending = Pending([*self.heads]) if closure is None else None
 
     def _after(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        pending, self.pending = self.pending or self._start(), None
-        # Set by a gradient scaler on optimizers that do the skipping themselves (fused).
-        found_inf = getattr(optimizer, "found_inf", None)
-        pending.close(None if found_inf is None else found_inf.any())
+        pending, self.pending = self.pending or Pending([*self.heads]), None
+        for head in self.heads:
+            head._notice_idle()
+        pending.close(skipped_by(optimizer))
 
-    def _start(self) -> Pending:
-        return Pending([head for each in self.heads if (head := each()) is not None])
+
+def skipped_by(optimizer: torch.optim.Optimizer) -> Tensor | None:
+    """Return whether a gradient scaler has skipped a step, 0-d bool, of optimizers that do it."""
+    found_inf = getattr(optimizer, "found_inf", None)  # set by the scaler where they are fused
+    return None if found_inf is None else found_inf.any()
 
 
 attached: weakref.WeakKeyDictionary[torch.optim.Optimizer, Attached] = weakref.WeakKeyDictionary()

@@ -6,6 +6,8 @@ step before and gather statistics; backward; optimizer step; then the new weight
 
 from __future__ import annotations
 
+import copy
+import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NoReturn
@@ -16,47 +18,50 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from directpred.array import assign, on_host
-from directpred.correlation import Moments, is_finite, merge, moments
+from directpred.correlation import Moments, is_finite, merge_finite, moments
 from directpred.features import check_dim, check_features, describe_nonfinite
 from directpred.method import NonFinite, Options, advance
 from directpred.recorded import Recorder, written
 from directpred.solvers import SolverName
 from directpred.spectrum import Eq18, Rule
-from directpred.state import State, from_dict, initial_state, moved, to_dict, to_numpy
-from directpred.torch.closing import Attached, Pending, attached, close_by_hand
+from directpred.state import VERSION, State, from_dict, initial_state, moved, to_numpy
+from directpred.torch.closing import Attached, Pending, Watch, attached, close_by_hand
 from directpred.torch.graph import capturing, record
+from directpred.torch.owner import LONG, leaves, may_step, register, say
 from directpred.torch.precision import full_precision
-from directpred.torch.ranks import several
+from directpred.torch.ranks import Kept, several, version
 
 
 class DirectPredHead(nn.Module):
     """A predictor head without trained parameters, for BYOL, SimSiam and their like.
 
     In training mode `head(z)` is z @ weight and gathers the statistics of z, without grad and in
-    float32 or better also under autocast; gradient flows through to z. A *step* ends with the new
-    weight, and is closed by one of three:
+    float32 or better also under autocast; gradient flows through to z. The rows of z belong to a
+    step once a gradient has reached `head(z)`: a forward pass without a backward pass (validation,
+    logging, a batch that the loop leaves out) never enters.
 
-    - `attach(optimizer)`, once: after every `optimizer.step()`. Micro-batches are merged.
-    - `step()`, called by the training loop after `optimizer.step()`.
-    - nothing: a head that has never been closed by one of these closes the step by itself, at the
-      first forward after a backward. With gradient accumulation, or under `torch.compile`, choose
-      one of the others.
+    A *step* ends with the new weight. The head closes it after the step of the optimizer that holds
+    the parameters in front of it, however many forward and backward passes came before. It finds
+    this optimizer by itself; `attach(optimizer)` names it. A loop may also call `head.step()` after
+    every `optimizer.step()`. Where no optimizer of PyTorch holds the parameters, the head says so
+    once, and closes a step at the first forward pass after a backward pass.
 
-    In evaluation mode the weight is applied and nothing is gathered. As for `nn.BatchNorm1d`, it is
-    the mode that counts: a pass under `torch.no_grad` in training mode is gathered too. A forward
-    that activation checkpointing runs again is not.
+    - A gradient scaler that leaves out a step leaves its rows for the next one, but those that are
+      not finite. With fused optimizers, which leave out the step themselves, they are dropped.
+    - Code that autograd's hooks cannot see gathers at once: `torch.compile` and `torch.func`.
+    - In evaluation mode the weight is applied and nothing is gathered.
 
     Statistics are merged over the ranks of the process group where `torch.distributed` is
     initialised, so every rank has the weight of the global batch; every rank must close the step,
-    one without rows too. Features that are not finite on one rank are treated alike on all: the
-    step is skipped, or with nonfinite="raise" raises on every rank when it is closed.
+    one without rows too. If that may be so in the very first step, attach the head. Features that
+    are not finite on one rank are treated alike on all: the step is skipped, or with
+    nonfinite="raise" raises on every rank when it is closed.
 
     Example:
         >>> import torch
         >>> encoder = torch.nn.Linear(8, 4)
         >>> head = DirectPredHead(4)
         >>> optimizer = torch.optim.SGD(encoder.parameters(), lr=0.03)
-        >>> head.attach(optimizer)
         >>> head(encoder(torch.randn(16, 8))).square().mean().backward()
         >>> optimizer.step()
         >>> int(head.step_count)
@@ -66,16 +71,21 @@ class DirectPredHead(nn.Module):
         dim: Width of the features.
         rule: Spectral rule, one of `directpred.spectrum` or any callable s -> p.
         rho: Weight of the old correlation in the moving average, in [0, 1).
-        freq: Set the weight every freq-th step, whatever the steps held.
+        freq: Set the weight every freq-th step, whatever the steps held. With several ranks on a
+            GPU a step in which no rank had rows counts too, which none of them knows.
         between: What happens to the weight from one setting to the next: "hold" it (it is a buffer
             and the head has no parameters), or "train" it (it is a parameter, for an optimizer).
         center: Whether the weight comes from the centred correlation; its precision is that of
             `directpred.DirectPred`.
         solver: As `directpred.DirectPred`.
-        nonfinite: "skip" a step with features that are not finite and count it in `skipped`, which
-            on a GPU needs no synchronisation with the host; or "raise" a `ValueError` in the
-            forward pass, and with several ranks when the step is closed.
-        process_group: The ranks to merge over; by default all.
+        nonfinite: "skip" forward passes with features that are not finite, and count a step that
+            has no others in `skipped`, which on a GPU needs no synchronisation with the host; or
+            "raise" a `ValueError` in the forward pass, and with several ranks when the step is
+            closed.
+        channel_dim: The axis of the features, of which all others are rows: 1 for the maps
+            (n, c, h, w) of convolutions. By default the last, of at most three.
+        process_group: The ranks to merge over; by default all. With a group the state is that of
+            the group's own rows, also where DistributedDataParallel broadcasts the buffers.
         graphs: Whether, on a GPU, the head records a CUDA graph of the closing of a step, after two
             of them, and replays it from then on. The environment variable ``DIRECTPRED_GRAPHS=0``
             turns it off too. A rule that needs an eigendecomposition cannot be recorded.
@@ -100,6 +110,10 @@ class DirectPredHead(nn.Module):
     step_count: Tensor
     skipped: Tensor
     closings: Tensor
+    version: Tensor
+    accumulated_outer: Tensor
+    accumulated_total: Tensor
+    accumulated_rows: Tensor
 
     def __init__(
         self,
@@ -112,6 +126,7 @@ class DirectPredHead(nn.Module):
         center: bool = False,
         solver: SolverName = "auto",
         nonfinite: NonFinite = "skip",
+        channel_dim: int | None = None,
         process_group: dist.ProcessGroup | None = None,
         graphs: bool = True,
         device: torch.device | str | int | None = None,
@@ -124,65 +139,70 @@ class DirectPredHead(nn.Module):
             raise ValueError(f"between must be 'hold' or 'train', got {between!r}")
         if dtype not in (None, torch.float32, torch.float64):
             raise ValueError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
+        if channel_dim is not None and type(channel_dim) is not int:
+            raise TypeError(f"channel_dim must be an integer or None, got {channel_dim!r}")
         self.between = between
+        self.channel_dim = channel_dim
         self.process_group = process_group
-        for name, value in initial_state(dim)._asdict().items():
-            counts = isinstance(value, int)
-            tensor = torch.as_tensor(
-                value, device=device, dtype=torch.int64 if counts else dtype or torch.float32
-            )
+        device = torch.get_default_device() if device is None else device
+        for name, value in _initial_buffers(self.dim).items():
+            dtype_ = dtype if value.is_floating_point() else None
+            tensor = value.to(device, dtype_, copy=True)
             if name == "weight" and between == "train":
                 self.register_parameter(name, nn.Parameter(tensor))
             else:
                 self.register_buffer(name, tensor)
-        # Not a buffer: DistributedDataParallel would overwrite it with that of rank 0.
-        self._gathered: Moments | None = None
-        self._backward_seen = False
-        self._stepped_by_hand = False
-        self._optimizer: weakref.ref[torch.optim.Optimizer] | None = None
         self._recorder = Recorder(record if graphs else None)
-        # `closings`, known without a synchronisation; None where only the device knows.
-        self._closed: int | None = 0
+        # What is gathered is no buffer: DistributedDataParallel would overwrite it with that of
+        # rank 0. The buffers of that name are its picture in `state_dict`, whose keys are constant.
+        self._watch = Watch()
+        self._kept = Kept()
+        register(self)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Go back to the state before the first step; for modules made on the meta device."""
+        for name, value in _initial_buffers(self.dim).items():
+            getattr(self, name).copy_(value)
+        self._watch.drop()
+        self._wrote(0)
 
     def forward(self, z: Tensor) -> Tensor:
         """Predict: z @ weight; in training mode also gather the statistics of z.
 
         Args:
-            z: Features, (..., n, dim), any floating dtype.
+            z: Features, (n, dim) or (m, n, dim), any floating dtype; with `channel_dim` of any
+                shape with that axis of width dim. No rows give no predictions; in evaluation mode
+                one row may also be (dim,).
 
         Returns:
             The prediction, in the shape and dtype of z (of autocast where that is on).
 
         Raises:
             TypeError: z is not a floating tensor.
-            ValueError: z is of another width or device, has no rows, or, with nonfinite="raise",
-                is not finite. Nothing of it has then been gathered.
+            ValueError: z is of another width or device, it is not clear which axis holds the
+                features, or, with nonfinite="raise", z is not finite. Nothing of it has then been
+                gathered.
         """
+        if isinstance(z, torch.fx.Proxy):
+            return _traced(self, z)
         if not isinstance(z, Tensor):
             raise TypeError(f"features must be a torch.Tensor, got {type(z).__name__}")
-        check_features(z, self.dim)
-        if z.device != self.weight.device:
-            raise ValueError(f"expected features on {self.weight.device}, got some on {z.device}")
-        if not self.training:
-            return z @ self.weight.to(z.dtype)
-        eager = not torch.compiler.is_compiling()
-        if eager and _in_backward():  # activation checkpointing runs a forward again
-            self._backward_seen = True
-            return z @ self.weight.to(z.dtype)
-        if eager and self._backward_seen:
-            self._settle()
-        prediction = z @ self.weight.to(z.dtype)
-        self._gather(z.detach())
-        if eager and prediction.requires_grad:
-            prediction.register_hook(self._see_backward)
-        return prediction
+        if self.channel_dim is None:
+            self._check(z)
+            return self._predict(z)
+        if not -z.ndim <= self.channel_dim < z.ndim or z.ndim < 2:
+            raise ValueError(f"expected features along axis {self.channel_dim}, got {z.shape}")
+        rows = z.movedim(self.channel_dim, -1)
+        self._check(rows)
+        return self._predict(rows).movedim(-1, self.channel_dim)
 
     def step(self) -> None:
         """Close the step: merge over ranks, move the correlation, set the weight where due.
 
         Call it after `optimizer.step()`, and not after one that a gradient scaler skipped. Does
-        nothing where nothing was gathered since the last step. The function `step` closes all heads
-        of a model with one collective.
+        nothing where no gradient has reached the head since the last step. The function `step`
+        closes all heads of a model with one collective.
 
         Raises:
             TypeError: The weight is a parameter (between="train") that `fully_shard` has sharded.
@@ -195,15 +215,33 @@ class DirectPredHead(nn.Module):
         """
         close_by_hand([self])
 
+    def discard(self) -> None:
+        """Drop the rows that wait for the end of the step, such as those of a step left out.
+
+        With several ranks call it on all of them, or on none.
+        """
+        self._watch.drop()
+
+    @torch.no_grad()
+    def gather(self, z: Tensor) -> None:
+        """Gather the statistics of features for the coming step, whatever becomes of them.
+
+        For code in which no gradient reaches the head by autograd; `forward` does it elsewhere.
+
+        Args:
+            z: Features, (..., dim), any floating dtype.
+
+        Raises:
+            ValueError: With nonfinite="raise" and one rank: z is not finite.
+        """
+        self._enter(self._moments(z))
+
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """Close a step after every `optimizer.step()`; replaces an earlier attachment.
 
-        All heads that one optimizer closes share one collective over the ranks; where the forward
-        passes come before `optimizer.step()`, and not in a closure, it runs beside the optimizer's
-        own work.
-
-        A step that a gradient scaler skips is no step: what was gathered for it is dropped, once
-        its gradients are None, as `zero_grad()` leaves them by default.
+        Without it a head finds the optimizer by itself. All heads that one optimizer closes share
+        one collective over the ranks; where the forward passes come before `optimizer.step()`, and
+        not in a closure, it runs beside the optimizer's own work.
 
         Args:
             optimizer: The optimizer of the model in front of the head.
@@ -213,35 +251,112 @@ class DirectPredHead(nn.Module):
         """
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
-        self.detach()
-        attached.setdefault(optimizer, Attached()).add(self, optimizer)
-        self._optimizer = weakref.ref(optimizer)
+        self._follow(optimizer)
+        self._watch.attached = True
+        self._watch.by_hand = False
 
     def detach(self) -> None:
         """Undo `attach`; without effect where there is no attachment."""
-        if self._optimizer is not None and (optimizer := self._optimizer()) is not None:
+        watch = self._watch
+        if (optimizer := watch.closes_after()) is not None:
             attached[optimizer].remove(self)
-        self._optimizer = None
+        watch.optimizer, watch.attached = None, False
 
     def extra_repr(self) -> str:
         """The options, for `repr`."""
         options = ", ".join(f"{name}={value!r}" for name, value in self.options._asdict().items())
         return f"{self.dim}, between={self.between!r}, {options}"
 
-    def _see_backward(self, grad: Tensor) -> None:
-        self._backward_seen = True
+    def _check(self, z: Tensor) -> None:
+        one = z.ndim == 1 and not self.training
+        check_features(z[None] if one else z, self.dim, empty=True)
+        if self.channel_dim is None and (z.ndim > 3 or (z.ndim == 3 and z.shape[1] == self.dim)):
+            raise ValueError(
+                f"which axis of {tuple(z.shape)} holds the features? Take channel_dim=1 for maps "
+                "(n, c, h, w) of a convolution, channel_dim=-1 where the last axis is theirs"
+            )
+        if z.device != self.weight.device:
+            raise ValueError(f"expected features on {self.weight.device}, got some on {z.device}")
 
-    def _settle(self) -> None:
-        """Close or drop what went through a backward, before the next forward gathers."""
-        optimizer = self._optimizer() if self._optimizer is not None else None
-        if optimizer is None:
-            if not self._stepped_by_hand:
+    def _predict(self, z: Tensor) -> Tensor:
+        self._restore()
+        if not self.training or z.is_meta or not z.numel():
+            return z @ self.weight.to(z.dtype)
+        if torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(z):
+            prediction = z @ self.weight.to(z.dtype)
+            self._gather_at_once(z)
+            return prediction
+        watch = self._watch
+        if watch.gathered is not None and not _in_backward():
+            self._settle(z)
+        prediction = z @ self.weight.to(z.dtype)
+        if prediction.requires_grad:
+            with torch.no_grad():
+                batch = self._moments(z.detach())
+            prediction.register_hook(_Rows(self, batch))
+            if watch.leaves is None:
+                watch.leaves = leaves(z, self.weight)
+        return prediction
+
+    def _settle(self, z: Tensor) -> None:
+        """Decide what becomes of rows that are there at the next forward pass, of z."""
+        watch = self._watch
+        watch.waiting += 1
+        if watch.by_hand:
+            return
+        look = watch.waiting & (watch.waiting - 1) == 0  # ever more seldom: it takes time
+        if watch.closes_after() is None:
+            if look:
+                watch.leaves = watch.leaves or leaves(z, self.weight)
+                watch.alone = not may_step(watch.leaves)
+            if watch.alone:
+                say(
+                    self,
+                    "closes a step at every forward pass after a backward pass, since no "
+                    "torch.optim.Optimizer holds the parameters in front of it. Call head.step() "
+                    "after every update, or head.attach(optimizer)",
+                )
                 Pending([self]).close()
-        elif all(p.grad is None for group in optimizer.param_groups for p in group["params"]):
-            self._drop()
+                return
+        if look:
+            watch.leaves = None  # they may have changed
+        if watch.waiting == LONG and not watch.strange:
+            say(
+                self,
+                f"has seen {LONG} backward passes and no step of its optimizer. If that is more "
+                "than you accumulate, call head.attach(optimizer) with the optimizer whose step() "
+                "runs, or head.step() after every update",
+            )
 
-    @torch.no_grad()
-    def _gather(self, z: Tensor) -> None:
+    def _notice_idle(self) -> None:
+        """Count a step of the optimizer that found no rows; say so where they are many."""
+        watch = self._watch
+        watch.idle = 0 if watch.gathered is not None else watch.idle + 1
+        if watch.idle == LONG and not (self.training and several(self.process_group)):
+            cause = (
+                "no gradient reaches what it returns in training mode"
+                if self.training
+                else "it is in evaluation mode: call model.train()"
+            )
+            say(self, f"has gathered nothing in {LONG} steps of its optimizer: {cause}")
+
+    def _follow(self, optimizer: torch.optim.Optimizer) -> None:
+        self.detach()
+        attached.setdefault(optimizer, Attached()).add(self, optimizer)
+        self._watch.optimizer = weakref.ref(optimizer)
+
+    def _gather_at_once(self, z: Tensor) -> None:
+        watch = self._watch
+        if not torch.compiler.is_compiling():
+            while torch._C._functorch.is_functorch_wrapped_tensor(z):
+                z = torch._C._functorch.get_unwrapped(z)
+        with torch.no_grad():
+            batch = self._moments(z.detach())
+            watch.gathered = (
+                batch if watch.gathered is None else merge_finite(watch.gathered, batch)
+            )
+
+    def _moments(self, z: Tensor) -> Moments:
         with full_precision(z.device):
             gathered = moments(z, self.correlation.dtype)
         # Among ranks the step raises, on all of them: one that raised here would leave the others
@@ -249,18 +364,25 @@ class DirectPredHead(nn.Module):
         alone = not several(self.process_group)
         if self.options.nonfinite == "raise" and alone and not is_finite(gathered):
             raise ValueError(describe_nonfinite(z))
-        self._gathered = gathered if self._gathered is None else merge(self._gathered, gathered)
+        return gathered
+
+    def _enter(self, batch: Moments) -> None:
+        """Let rows belong to the step."""
+        watch = self._watch
+        with watch.lock:
+            watch.gathered = (
+                batch if watch.gathered is None else merge_finite(watch.gathered, batch)
+            )
 
     def _nothing(self) -> Moments:
         return Moments(torch.zeros_like(self.correlation), torch.zeros_like(self.mean), 0)
 
-    def _drop(self) -> None:
-        self._gathered, self._backward_seen = None, False
-
     @torch.no_grad()
     def _close(self, batch: Moments, skipped: Tensor | None) -> None:
         """Close the step; where `skipped` (0-d bool) holds, the batch does not enter."""
-        self._drop()
+        watch = self._watch
+        watch.drop()
+        self._restore()
         if hasattr(self.weight, "full_tensor"):  # a DTensor
             raise TypeError(
                 "fully_shard has sharded the weight of a head with between='train': take 'hold', "
@@ -275,43 +397,75 @@ class DirectPredHead(nn.Module):
         unattended = torch.compiler.is_compiling() or capturing(self.weight)
         with full_precision(self.weight.device):
             if unattended and self.options.nonfinite == "skip":
-                self._closed = None
+                watch.closed = None
                 written(state, advance(state, batch, self.options, False, counts))
             elif on_host(self.weight):
+                if not int(batch.rows):
+                    return
                 numbers = {name: int(getattr(state, name)) for name in State._fields[3:]}
                 after = advance(state._replace(**numbers), batch, self.options, True, counts)
                 assign(state[:3], after[:3])  # in place: references to the buffers stay valid
                 for count, value in zip(state[3:], after[3:], strict=True):
                     count.fill_(value)
-                self._closed = after.closings
+                self._wrote(after.closings)
             else:
-                closed = int(self.closings) if self._closed is None else self._closed
+                closed = self._closings()
                 self._recorder.close(state, batch, self.options, counts, closed)
-                self._closed = closed + 1
+                self._wrote(closed + 1)
+
+    def _closings(self) -> int:
+        """`closings`, without a synchronisation where this head alone has written it."""
+        if self.options.freq == 1 or self.mean.is_meta:
+            return 0  # it does not matter
+        closed = self._watch.closed
+        if closed is not None and closed[1] == version(self.closings):
+            return closed[0]
+        return int(self.closings)
 
     def _state(self) -> State:
         return State(*(getattr(self, name).detach() for name in State._fields))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DirectPredHead:
-        """Move the state, in float32 or better also where the model goes to half precision."""
+        """Move the state: counts stay integers, and what is float32 never becomes narrower."""
 
         def move(x: Tensor) -> Tensor:
             moved = fn(x)
-            narrow = moved.is_floating_point() and moved.dtype.itemsize < 4
-            return x.to(moved.device) if narrow else moved
+            wide = x.is_floating_point() and moved.dtype in (torch.float32, torch.float64)
+            return moved if wide or moved.dtype == x.dtype else x.to(moved.device)
 
+        deferred = self.mean.is_meta
         super()._apply(move, recurse)  # type: ignore[no-untyped-call]
-        if self._gathered is not None:
-            outer, total, rows = self._gathered
-            self._gathered = Moments(move(outer), move(total), rows)
+        if deferred and not self.mean.is_meta:
+            self.reset_parameters()  # `to_empty` leaves what was in memory
+        if (gathered := self._watch.gathered) is not None:
+            outer, total, rows = gathered
+            rows = rows.to(self.mean.device) if isinstance(rows, Tensor) else rows
+            self._watch.gathered = Moments(move(outer), move(total), rows)
+        self._wrote(self._closings())
         return self
+
+    def _wrote(self, closings: int) -> None:
+        """Remember that the state is as this head wrote it."""
+        if self._watch.closed is not None:
+            self._watch.closed = closings, version(self.closings)
+        if self.process_group is not None:
+            self._kept.keep(self._state())
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
+        gathered = self._watch.gathered or self._nothing()
+        with torch.no_grad():
+            for name, value in gathered._asdict().items():
+                picture = getattr(self, f"accumulated_{name}")
+                picture.copy_(value) if isinstance(value, Tensor) else picture.fill_(value)
+        self._restore()
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name, value in to_dict(self._state(), self._gathered).items():
-            destination.setdefault(prefix + name, torch.as_tensor(value))
+
+    def _restore(self) -> None:
+        """Undo what DistributedDataParallel has broadcast into the state of another group."""
+        if self.process_group is not None and not torch.compiler.is_compiling():
+            self._kept.restore(self._state())
 
     def _load_from_state_dict(
         self,
@@ -324,35 +478,75 @@ class DirectPredHead(nn.Module):
         error_msgs: list[str],
     ) -> None:
         """Load all or nothing: where an entry is missing or wrong, the head stays as it was."""
+        report = strict, missing_keys, unexpected_keys, error_msgs
+        for hook in self._load_state_dict_pre_hooks.values():
+            hook(state_dict, prefix, local_metadata, *report)
         entries = {
             key.removeprefix(prefix): value
             for key, value in state_dict.items()
             if key.startswith(prefix)
         }
-        expected = [*to_dict(self._state(), None)]
+        place = prefix.removesuffix(".") or type(self).__name__
+        if entries and "version" not in entries:
+            learned = (
+                f"{place}: the checkpoint holds {', '.join(sorted(entries))}, a learned predictor, "
+                "where the model has a DirectPredHead: load it before the predictor is replaced, "
+                "or leave these entries out and pass strict=False, to start from the identity"
+            )
+            if strict:
+                error_msgs.append(learned)
+            else:
+                warnings.warn(learned, stacklevel=2)
+                unexpected_keys += [prefix + name for name in entries]
+            return
+        required = [*State._fields, "version"]
         if to_numpy(entries.get("version")).tolist() in (1, 2):
-            expected.remove("closings")
-        missing = [prefix + name for name in expected if name not in entries]
-        unexpected = [n for n in entries if n not in expected and not n.startswith("accumulated_")]
+            required.remove("closings")
+        missing = [prefix + name for name in required if name not in entries]
+        unexpected = [name for name in entries if name not in self._buffer_names()]
         missing_keys += missing
         unexpected_keys += [prefix + name for name in unexpected]
         if missing or (strict and unexpected):
             return
-        try:
-            state, gathered = from_dict(
-                {name: x for name, x in entries.items() if name not in unexpected}, self.dim
+        assigns = local_metadata.get("assign_to_params_buffers", False)
+        if self.mean.is_meta and not assigns:
+            warnings.warn(
+                f"{place} is on the meta device, which holds no values: nothing is loaded. Pass "
+                "assign=True",
+                stacklevel=2,
             )
-            state = moved(state, self.mean, self.mean.dtype)
-            gathered = gathered and moved(gathered, self.mean, self.mean.dtype)
-        except (TypeError, ValueError) as error:
-            error_msgs.append(f"{prefix.removesuffix('.') or type(self).__name__}: {error}")
             return
+        try:
+            known = {name: _wide(x) for name, x in entries.items() if name not in unexpected}
+            like = known["mean"] if assigns else self.mean
+            state, gathered = from_dict(known, self.dim)
+            state = moved(state, like, like.dtype)
+            gathered = gathered and moved(gathered, like, like.dtype)
+        except (TypeError, ValueError) as error:
+            error_msgs.append(f"{place}: {error}")
+            return
+        if assigns:
+            self._assign(like)
         with torch.no_grad():
             for name, value in state._asdict().items():
-                getattr(self, name).copy_(torch.as_tensor(value))
-        self._closed = state.closings
-        self._gathered = gathered
-        self._backward_seen = False
+                getattr(self, name).copy_(torch.as_tensor(value, device=like.device))
+        self._watch.drop()
+        self._watch.gathered = gathered
+        self._wrote(state.closings)
+
+    def _buffer_names(self) -> list[str]:
+        return [*State._fields, "version", *(f"accumulated_{x}" for x in Moments._fields)]
+
+    def _assign(self, like: Tensor) -> None:
+        """Put new tensors, on the device and in the dtype of another, in the place of all."""
+        for name in self._buffer_names():
+            before = getattr(self, name)
+            dtype = like.dtype if before.is_floating_point() else before.dtype
+            tensor = torch.zeros(before.shape, dtype=dtype, device=like.device)
+            if isinstance(before, nn.Parameter):
+                tensor = nn.Parameter(tensor, requires_grad=before.requires_grad)
+            setattr(self, name, tensor)
+        self.version.fill_(VERSION)
 
     def _replicate_for_data_parallel(self) -> NoReturn:
         raise RuntimeError(
@@ -360,9 +554,62 @@ class DirectPredHead(nn.Module):
             "they gather: take torch.nn.parallel.DistributedDataParallel"
         )
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> DirectPredHead:
+        memo[id(self.process_group)] = self.process_group  # of which there is one
+        memo[id(self)] = copied = type(self).__new__(type(self))
+        copied.__setstate__(copy.deepcopy(self.__dict__, memo))
+        return copied
+
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles: an optimizer's hook belongs to the original."""
-        return {**self.__dict__, "_optimizer": None}
+        if self.process_group is not None:
+            raise TypeError(
+                "a DirectPredHead with a process_group cannot be pickled: save its state_dict()"
+            )
+        return self.__dict__
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        register(self)
+
+
+class _Rows:
+    """The hook of a prediction: once a gradient reaches it, its rows belong to the step."""
+
+    def __init__(self, head: DirectPredHead, batch: Moments) -> None:
+        self._head = head
+        self._batch: Moments | None = batch
+
+    def __call__(self, grad: Tensor) -> None:
+        batch, self._batch = self._batch, None  # a graph may be used twice
+        if batch is not None:
+            self._head._enter(batch)
+
+
+def _initial_buffers(dim: int) -> dict[str, Tensor]:
+    """The state before the first step, and what stands beside it in `state_dict`, on the CPU."""
+    values = initial_state(dim)._asdict() | {"version": VERSION, "accumulated_rows": 0}
+    values |= {"accumulated_outer": values["correlation"], "accumulated_total": values["mean"]}
+    return {
+        name: torch.tensor(x, dtype=torch.int64, device="cpu")
+        if isinstance(x, int)
+        else torch.from_numpy(x)
+        for name, x in values.items()
+    }
+
+
+def _wide(x: Any) -> Any:
+    """An entry of a checkpoint, in float32 where it is narrower."""
+    narrow = isinstance(x, Tensor) and x.is_floating_point() and x.dtype.itemsize < 4
+    return x.float() if narrow else x
+
+
+def _traced(head: DirectPredHead, z: torch.fx.Proxy) -> torch.fx.Proxy:
+    """Stand in a traced graph as a module that is called, as the modules of `torch.nn` do."""
+    try:
+        place = z.tracer.path_of_module(head)
+    except NameError:  # it is what is traced
+        return z @ head.weight
+    return z.tracer.create_proxy("call_module", place, (z,), {})
 
 
 def _in_backward() -> bool:

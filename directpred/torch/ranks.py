@@ -73,3 +73,28 @@ def sum_over_ranks(
 def _as_vector(rows: torch.Tensor | int, like: torch.Tensor) -> torch.Tensor:
     """The number of rows as (1,); a number goes to the device without a synchronisation."""
     return rows.to(like).reshape(1) if isinstance(rows, torch.Tensor) else like.new_full((1,), rows)
+
+
+class Kept:
+    """Copies of tensors, with which to undo what other code writes into them."""
+
+    def __init__(self) -> None:
+        self._copies: list[torch.Tensor] = []
+        self._versions: list[object] = []
+
+    def keep(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Take the values of tensors as theirs."""
+        self._copies = [x.clone() for x in tensors]
+        self._versions = [*map(version, tensors)]
+
+    def restore(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Write back the values kept into tensors that were written since."""
+        for x, kept, before in zip(tensors, self._copies, self._versions, strict=False):
+            if version(x) != before:
+                x.copy_(kept)
+        self._versions = [*map(version, tensors)]
+
+
+def version(x: torch.Tensor) -> object:
+    """What changes with every write into a tensor, and from one tensor to another."""
+    return x.data_ptr(), x._version
