@@ -235,9 +235,7 @@ def test_gradients_that_move_elsewhere_between_micro_batches(attached):
     for _ in range(4):
         sums = [torch.zeros_like(p) for p in parameters]
         for _ in range(3):
-            for total, g in zip(
-                sums, torch.autograd.grad(loop.forward(), parameters), strict=True
-            ):
+            for total, g in zip(sums, torch.autograd.grad(loop.forward(), parameters), strict=True):
                 total += g
         for p, g in zip(parameters, sums, strict=True):
             p.grad = g
@@ -492,18 +490,22 @@ def test_a_failed_step_of_the_optimizer_leaves_no_rows_of_its_own_behind():
     loop.check()
 
 
+def by_its_own_rule(loop, steps):
+    for _ in range(steps):
+        loop.forward().backward()
+        loop.closed()
+        with torch.no_grad():
+            for p in loop.encoder.parameters():
+                p -= 0.1 * p.grad
+                p.grad = None
+
+
 def test_without_an_optimizer_it_closes_at_the_next_forward_and_says_so_once():
     loop = Loop()
     del loop.optimizer
     gc.collect()
     with pytest.warns(UserWarning, match="no torch.optim.Optimizer holds") as said:
-        for _ in range(5):
-            loop.forward().backward()
-            loop.closed()
-            with torch.no_grad():
-                for p in loop.encoder.parameters():
-                    p -= 0.1 * p.grad
-                    p.grad = None
+        by_its_own_rule(loop, 5)
     assert len(said) == 1
     loop.steps.pop()  # closed by the forward to come
     loop.check()
@@ -513,15 +515,12 @@ def test_a_resumed_loop_without_an_optimizer_loses_no_step():
     loop = Loop()
     del loop.optimizer
     gc.collect()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for step in range(6):
-            if step == 3:
-                saved = loop.head.state_dict()
-                loop.head = DirectPredHead(DIM, rho=RHO)
-                loop.head.load_state_dict(saved)
-            loop.forward().backward()
-            loop.closed()
+    warnings.simplefilter("ignore")
+    by_its_own_rule(loop, 3)
+    saved = loop.head.state_dict()
+    loop.head = DirectPredHead(DIM, rho=RHO)
+    loop.head.load_state_dict(saved)
+    by_its_own_rule(loop, 3)
     loop.steps.pop()
     loop.check()
 

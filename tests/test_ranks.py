@@ -19,6 +19,7 @@ from torch import nn  # noqa: E402
 from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 
 import directpred.torch  # noqa: E402
+from directpred.correlation import moments  # noqa: E402
 from directpred.method import NOT_FINITE  # noqa: E402
 from directpred.torch import DirectPredHead  # noqa: E402
 
@@ -224,6 +225,108 @@ def resumed(rank):
     return states(head, other)
 
 
+# ---- Loops in which a head could go wrong in silence.
+
+
+def sharded_micro_batches(rank=None, group=None, attached=True):
+    """FSDP 2, whose gradients come to the optimizer's parameters in the last micro-batch only."""
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = Model()
+    if rank is not None:
+        fully_shard(model, mesh=DeviceMesh.from_group(group, "cpu"))
+        of_group(model, group)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    for head in (model.head, model.other) if attached else ():
+        head.attach(optimizer)
+    for step in range(10):
+        x = random(16, 8, step=step).double()
+        parts = (x if rank is None else x.chunk(2)[rank]).chunk(4)
+        for number, part in enumerate(parts):
+            if rank is not None:
+                model.set_requires_gradient_sync(number == 3)
+            loss = sum(p.square().sum() for p in model(part))
+            (loss if rank is None else 2 * loss).backward()  # of which the ranks take the mean
+        optimizer.step()
+        optimizer.zero_grad()
+    return states(model.head, model.other)
+
+
+def found(rank=None, group=None):
+    """Heads that are attached to nothing, in DistributedDataParallel, with micro-batches."""
+    model = Model()
+    wrapped = model
+    if rank is not None:
+        wrapped = DistributedDataParallel(of_group(model, group), process_group=group)
+    optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.01)
+    for step in range(10):
+        x = random(16, 8, step=step).double()
+        parts = (x if rank is None else x.chunk(2)[rank]).chunk(4)
+        for part in parts:
+            loss = sum(p.square().sum() for p in wrapped(part))
+            (loss if rank is None else 2 * loss).backward()  # of which the ranks take the mean
+        optimizer.step()
+        optimizer.zero_grad()
+    return states(model.head, model.other)
+
+
+def own_group(rank=None, groups=(None, None), alone=None):
+    """Each half of the ranks has its own statistics, under the broadcast of buffers of all."""
+    half = alone if rank is None else rank // 2
+    torch.manual_seed(0)
+    head = DirectPredHead(DIM, rho=0.9, process_group=groups[half])
+    model = nn.Sequential(nn.Linear(8, DIM), head)
+    wrapped = DistributedDataParallel(model) if rank is not None else model
+    optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.0)
+    head.attach(optimizer)
+    for step in range(10):
+        x = random(16, 8, step=100 * half + step) * (1 + 9 * half)
+        x = x if rank is None else x.chunk(2)[rank % 2]
+        optimizer.zero_grad()
+        wrapped(x).square().mean().backward()
+        optimizer.step()
+    copied = copy.deepcopy(head)
+    assert copied.process_group is head.process_group
+    return states(head)
+
+
+def empty_batches(rank=None):
+    """A rank whose batch is empty at times, and steps in which no rank has rows."""
+    torch.manual_seed(0)
+    encoder, head = nn.Linear(8, DIM), DirectPredHead(DIM, freq=2)
+    optimizer = torch.optim.SGD(encoder.parameters(), lr=0.0)
+    head.attach(optimizer)
+    for step in range(9):
+        rows = (0, 0, 0, 0) if step in (2, 5) else rows_of(step)
+        x = random(sum(rows), 8, step=step)
+        x = x if rank is None else x.split(rows)[rank]
+        out = head(encoder(x))
+        assert out.shape == (len(x), DIM)
+        out.sum().backward()
+        optimizer.step()
+    return states(head)
+
+
+def resumed_on_one_rank(rank):
+    """Rank 0 has loaded a state, which DistributedDataParallel broadcasts to the others."""
+    torch.manual_seed(0)
+    head = DirectPredHead(DIM, freq=3)
+    if rank == 0:
+        other = DirectPredHead(DIM, freq=3)
+        for step in range(4):
+            other._close(moments(random(9, DIM, step=step), torch.float32), None)
+        head.load_state_dict(other.state_dict())
+    model = nn.Sequential(nn.Linear(8, DIM), head)
+    wrapped = DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1)
+    for step in range(5):
+        optimizer.zero_grad()
+        wrapped(random(6, 8, step=10 * step + rank)).square().mean().backward()
+        optimizer.step()
+    return states(head)
+
+
 def work(rank, port, folder):
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
@@ -238,7 +341,14 @@ def work(rank, port, folder):
     # Both halves of the ranks train the same, each in its own process group.
     for name in SCENARIOS:
         results[name] = trained(name, rank % 2, groups[rank // 2])
-    results["fully sharded"] = fully_sharded(rank % 2, groups[rank // 2])
+    mine = rank % 2, groups[rank // 2]
+    results["fully sharded"] = fully_sharded(*mine)
+    results["sharded micro-batches, attached"] = sharded_micro_batches(*mine)
+    results["sharded micro-batches"] = sharded_micro_batches(*mine, attached=False)
+    results["found"] = found(*mine)
+    results["own group"] = own_group(rank, groups)
+    results["empty batches"] = empty_batches(rank)
+    results["resumed on one rank"] = resumed_on_one_rank(rank)
     torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -288,6 +398,37 @@ def test_training_on_two_ranks_equals_one_process(ranks, name):
 def test_fully_sharded_equals_one_process(ranks):
     assert_same_bits(ranks, "fully sharded")
     assert_equal_to(fully_sharded(), ranks, "fully sharded")
+
+
+@pytest.mark.parametrize("name", ["sharded micro-batches, attached", "sharded micro-batches"])
+def test_all_micro_batches_enter_where_gradients_are_sharded(ranks, name):
+    assert_same_bits(ranks, name)
+    assert_equal_to(sharded_micro_batches(), ranks, name)
+
+
+def test_heads_find_their_optimizer_on_every_rank(ranks):
+    assert_same_bits(ranks, "found")
+    assert_equal_to(found(), ranks, "found")
+    assert int(ranks[0]["found"][0]["step_count"]) == 10
+
+
+@pytest.mark.parametrize("half", [0, 1])
+def test_a_group_of_its_own_keeps_its_own_state(ranks, half):
+    mine = ranks[2 * half : 2 * half + 2]
+    assert_same_bits(mine, "own group")
+    assert_equal_to(own_group(alone=half), mine, "own group")
+
+
+def test_empty_batches_on_some_ranks_and_on_all(ranks):
+    assert_same_bits(ranks, "empty batches")
+    assert_equal_to(empty_batches(), ranks, "empty batches")
+    assert int(ranks[0]["empty batches"][0]["closings"]) == 7
+
+
+def test_ranks_that_did_not_load_count_as_the_one_that_did(ranks):
+    assert_same_bits(ranks, "resumed on one rank")
+    (state,) = ranks[0]["resumed on one rank"]
+    assert int(state["closings"]) == int(state["step_count"]) == 9
 
 
 @pytest.mark.parametrize("nonfinite", ["skip", "raise"])

@@ -64,7 +64,7 @@ class Watch:
         strange: Steps of the optimizer in front of the head while it waits for another.
         idle: Steps of its optimizer in a row that found no rows.
         closed: Steps closed, as the host counts them, and the version of the buffer that says so;
-            None from when on a graph of the user's, or compiled code, may count.
+            None once a graph of the user's, or compiled code, may count too.
         said: What the head has warned of.
         lock: For forward passes in several threads.
     """

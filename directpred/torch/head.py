@@ -414,7 +414,10 @@ class DirectPredHead(nn.Module):
                 self._wrote(closed + 1)
 
     def _closings(self) -> int:
-        """`closings`, without a synchronisation where this head alone has written it."""
+        """`closings`, without a synchronisation from the second on that this head has written.
+
+        Before the first, another rank may have loaded them, and broadcast them to this one.
+        """
         if self.options.freq == 1 or self.mean.is_meta:
             return 0  # it does not matter
         closed = self._watch.closed
@@ -449,7 +452,10 @@ class DirectPredHead(nn.Module):
         if self._watch.closed is not None:
             self._watch.closed = closings, version(self.closings)
         if self.process_group is not None:
-            self._kept.keep(self._state())
+            self._kept.keep(self._own())
+
+    def _own(self) -> list[Tensor]:
+        return [getattr(self, name) for name in State._fields if name in self._buffers]
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
@@ -465,7 +471,7 @@ class DirectPredHead(nn.Module):
     def _restore(self) -> None:
         """Undo what DistributedDataParallel has broadcast into the state of another group."""
         if self.process_group is not None and not torch.compiler.is_compiling():
-            self._kept.restore(self._state())
+            self._kept.restore(self._own())
 
     def _load_from_state_dict(
         self,
@@ -488,17 +494,12 @@ class DirectPredHead(nn.Module):
         }
         place = prefix.removesuffix(".") or type(self).__name__
         if entries and "version" not in entries:
-            learned = (
+            warnings.warn(
                 f"{place}: the checkpoint holds {', '.join(sorted(entries))}, a learned predictor, "
                 "where the model has a DirectPredHead: load it before the predictor is replaced, "
-                "or leave these entries out and pass strict=False, to start from the identity"
+                "or pass strict=False, to start from the identity",
+                stacklevel=2,
             )
-            if strict:
-                error_msgs.append(learned)
-            else:
-                warnings.warn(learned, stacklevel=2)
-                unexpected_keys += [prefix + name for name in entries]
-            return
         required = [*State._fields, "version"]
         if to_numpy(entries.get("version")).tolist() in (1, 2):
             required.remove("closings")
@@ -568,7 +569,7 @@ class DirectPredHead(nn.Module):
         return self.__dict__
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         register(self)
 
 
@@ -603,11 +604,10 @@ def _wide(x: Any) -> Any:
     return x.float() if narrow else x
 
 
-def _traced(head: DirectPredHead, z: torch.fx.Proxy) -> torch.fx.Proxy:
+def _traced(head: DirectPredHead, z: Any) -> Any:
     """Stand in a traced graph as a module that is called, as the modules of `torch.nn` do."""
-    try:
-        place = z.tracer.path_of_module(head)
-    except NameError:  # it is what is traced
+    place = z.tracer.path_of_module(head)
+    if not place:  # it is what is traced
         return z @ head.weight
     return z.tracer.create_proxy("call_module", place, (z,), {})
 

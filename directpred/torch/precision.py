@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 _AS_IT_IS: AbstractContextManager[None] = nullcontext()
-_KINDS: tuple[Any, Any] = (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul)
+_backends: Any = torch.backends
+_KINDS: tuple[Any, Any] = (_backends.mkldnn.matmul, _backends.cuda.matmul)
 """The settings of matrix products, on a CPU and with CUDA; they are those of the whole process."""
 _changing = threading.RLock()
 _changed = False
@@ -57,11 +58,10 @@ def products_in(precision: str, kind: str) -> Iterator[None]:
 def _setting(products: Any) -> str:
     """What the user has set, "none" where the value read is that of all of PyTorch."""
     read: str = products.fp32_precision
-    backends: Any = torch.backends
-    generic = backends.fp32_precision
+    generic = _backends.fp32_precision
     if read == "none" or generic != read:
         return read
-    backends.fp32_precision = "ieee" if read != "ieee" else "tf32"
+    _backends.fp32_precision = "ieee" if read != "ieee" else "tf32"
     inherits = products.fp32_precision != read
-    backends.fp32_precision = generic
+    _backends.fp32_precision = generic
     return "none" if inherits else read

@@ -76,23 +76,26 @@ def _as_vector(rows: torch.Tensor | int, like: torch.Tensor) -> torch.Tensor:
 
 
 class Kept:
-    """Copies of tensors, with which to undo what other code writes into them."""
+    """Copies of tensors, with which to undo what DistributedDataParallel broadcasts into them.
+
+    The broadcast does not show in the version of a tensor.
+    """
 
     def __init__(self) -> None:
         self._copies: list[torch.Tensor] = []
-        self._versions: list[object] = []
+        self._places: list[int] = []
 
     def keep(self, tensors: Sequence[torch.Tensor]) -> None:
         """Take the values of tensors as theirs."""
         self._copies = [x.clone() for x in tensors]
-        self._versions = [*map(version, tensors)]
+        self._places = [x.data_ptr() for x in tensors]
 
     def restore(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Write back the values kept into tensors that were written since."""
-        for x, kept, before in zip(tensors, self._copies, self._versions, strict=False):
-            if version(x) != before:
-                x.copy_(kept)
-        self._versions = [*map(version, tensors)]
+        """Write the values kept back into the same tensors; others keep theirs."""
+        if [x.data_ptr() for x in tensors] == self._places:
+            torch._foreach_copy_([*tensors], self._copies)
+        else:
+            self.keep(tensors)
 
 
 def version(x: torch.Tensor) -> object:
