@@ -8,10 +8,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from directpred.array import Array, array_namespace, detached, device, exact_products, on_host
-from directpred.correlation import Moments, is_finite, merge, moments
+from array_api_compat import is_jax_array
+
+from directpred.array import (
+    Array,
+    array_namespace,
+    as_features,
+    detached,
+    device,
+    is_double,
+    is_torch,
+    on_host,
+    undisturbed,
+    widest,
+)
+from directpred.correlation import Moments, cast, is_finite, merge, moments, sum_pairwise
 from directpred.features import check_dim, check_features, describe_nonfinite
 from directpred.method import NonFinite, Options, advance
+from directpred.prediction import predict
 from directpred.recorded import Recorder, recorder_for
 from directpred.solvers import SolverName
 from directpred.spectrum import Eq18, Rule
@@ -126,10 +140,11 @@ class DirectPred:
             TypeError: z is not an array, not real floating, or of another library.
             ValueError: z is of another width or device, or has no rows.
         """
-        self._check(z)
-        self._state, self._accumulated = self._on_library_of(z)
+        (z,) = self._checked(z)
+        with undisturbed(z):
+            self._state, self._accumulated = self._on_library_of(z)
         self._bound = True
-        return z @ array_namespace(z).astype(self._state.weight, z.dtype, copy=False)
+        return predict(z, self._state.weight)
 
     def update(self, *views: Array) -> Array:
         """Close a step with all rows of all views, and of what was accumulated before.
@@ -147,9 +162,9 @@ class DirectPred:
                 finite with nonfinite="raise"; a rule whose weight is not finite. Whatever is
                 raised, the predictor is as it was before the call.
         """
-        self._check(*views)
-        with exact_products(views[0]):
-            weight = self._close(*self._gather(views))
+        checked = self._checked(*views)
+        with undisturbed(checked[0]):
+            weight = self._close(*self._gather(checked))
         self._bound = True
         return weight
 
@@ -162,9 +177,11 @@ class DirectPred:
         Raises:
             TypeError, ValueError: As `update`.
         """
-        self._check(*views)
-        with exact_products(views[0]):
-            self._state, self._accumulated = self._gather(views)
+        checked = self._checked(*views)
+        with undisturbed(checked[0]):
+            self._state, gathered = self._gather(checked)
+            # Thousands may follow, whose rounding would add up.
+            self._accumulated = cast(gathered, widest(self._state.weight))
         self._bound = True
 
     def step(self) -> Array:
@@ -178,7 +195,7 @@ class DirectPred:
         """
         if self._accumulated is None:
             raise ValueError("step() needs at least one accumulate(z) since the last step")
-        with exact_products(self._state.weight):
+        with undisturbed(self._state.weight):
             return self._close(self._state, self._accumulated)
 
     def state_dict(self) -> dict[str, Any]:
@@ -190,7 +207,11 @@ class DirectPred:
         """
         numbers = {name: int(x) for name, x in zip(State._fields[3:], self._state[3:], strict=True)}
         arrays = {"correlation": self.correlation, "mean": self.mean, "weight": self.weight}
-        return to_dict(State(**arrays, **numbers), self._accumulated)
+        accumulated = self._accumulated
+        if accumulated is not None:
+            outer, total, rows = accumulated
+            accumulated = Moments(self._handed_out(outer), self._handed_out(total), rows)
+        return to_dict(State(**arrays, **numbers), accumulated)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a state that was saved from any array library, also that of a torch head.
@@ -207,9 +228,8 @@ class DirectPred:
         """
         loaded, accumulated = from_dict(state, self.dim)
         if self._bound:
-            weight = self._state.weight
-            loaded = _counting(moved(loaded, weight, weight.dtype))
-            accumulated = accumulated and moved(accumulated, weight, weight.dtype)
+            with undisturbed(self._state.weight):
+                loaded, accumulated = _moved(loaded, accumulated, self._state.weight)
         self._state, self._accumulated = loaded, accumulated
         self._closed = int(loaded.closings)
 
@@ -217,7 +237,8 @@ class DirectPred:
         options = ", ".join(f"{name}={value!r}" for name, value in self.options._asdict().items())
         return f"{type(self).__name__}(dim={self.dim}, {options})"
 
-    def _check(self, *views: Array) -> None:
+    def _checked(self, *views: Array) -> list[Array]:
+        """The views as arrays whose operators are those of the standard, or an error."""
         if not views:
             raise TypeError("expected at least one array of features, got none")
         for z in views:
@@ -227,44 +248,62 @@ class DirectPred:
                 raise TypeError(f"expected features of {_name(expected)}, got some of {_name(got)}")
             if device(z) != device(other):
                 raise ValueError(f"expected features on {device(other)}, got some on {device(z)}")
+        return [as_features(z) for z in views]
 
     def _on_library_of(self, z: Array) -> tuple[State, Moments | None]:
         """State and accumulated moments, moved from NumPy when z is the first array seen."""
         state, accumulated = self._state, self._accumulated
         if self._bound:
             return state, accumulated
-        xp = array_namespace(z)
-        double = z.dtype == xp.float64 or state.weight.dtype.itemsize == 8
-        # Some devices, and JAX as it comes, have no float64.
-        available = xp.__array_namespace_info__().dtypes(device=device(z), kind="real floating")
-        dtype = xp.float64 if double and "float64" in available else xp.float32
-        return _counting(moved(state, z, dtype)), accumulated and moved(accumulated, z, dtype)
+        double = is_double(z) or state.weight.dtype.itemsize == 8
+        return _moved(state, accumulated, z, widest(z) if double else array_namespace(z).float32)
 
-    def _gather(self, views: tuple[Array, ...]) -> tuple[State, Moments]:
+    def _gather(self, views: list[Array]) -> tuple[State, Moments]:
         """The state in the library of the views, and their moments with those accumulated."""
-        state, batch = self._on_library_of(views[0])
-        for z in views:
+        state, accumulated = self._on_library_of(views[0])
+
+        def gather(z: Array) -> Moments:
             gathered = moments(detached(z), state.weight.dtype)
             if self.options.nonfinite == "raise" and not is_finite(gathered):
                 raise ValueError(describe_nonfinite(z))
-            batch = gathered if batch is None else merge(batch, gathered)
-        assert batch is not None
+            return gathered
+
+        batch = sum_pairwise(views, gather)
+        if accumulated is not None:
+            batch = merge(accumulated, cast(batch, accumulated.outer.dtype))
         return state, batch
 
     def _close(self, state: State, batch: Moments) -> Array:
+        batch = cast(batch, state.weight.dtype)
         if on_host(state.weight):
             state = advance(state, batch, self.options, known=True)
         else:
             self._recorder = self._recorder or recorder_for(state.weight)
-            state = self._recorder.close(state, batch, self.options, True, self._closed)
+            try:
+                state = self._recorder.close(state, batch, self.options, True, self._closed)
+            except Warning:  # made an error by the user, when the step was done
+                self._accumulated, self._closed = None, self._closed + 1
+                raise
         self._state, self._accumulated = state, None
         self._closed += 1
         return self.weight
 
     def _handed_out(self, x: Array) -> Array:
-        """An array that later updates leave alone, also where they write the state in place."""
-        in_place = self._recorder is not None and self._recorder.in_place
-        return array_namespace(x).asarray(x, copy=True) if in_place else x
+        """A copy: what is done to it leaves the predictor as it is, and what that does, it."""
+        if is_jax_array(x):  # which nobody can write to
+            return x
+        with undisturbed(x):
+            return x.clone() if is_torch(x) else array_namespace(x).asarray(x, copy=True)
+
+
+def _moved(
+    state: State, accumulated: Moments | None, like: Array, dtype: Any = None
+) -> tuple[State, Moments | None]:
+    """State and accumulated moments as a predictor of arrays like another holds them."""
+    dtype = dtype or like.dtype
+    if accumulated is not None:
+        accumulated = moved(accumulated, like, dtype, held=widest(like))
+    return _counting(moved(state, like, dtype)), accumulated
 
 
 def _counting(state: State) -> State:

@@ -15,6 +15,7 @@ from typing import Literal, Protocol, TypeAlias, cast
 from directpred.array import (
     Array,
     array_namespace,
+    converted,
     device,
     host_view,
     is_plain,
@@ -46,6 +47,7 @@ def eigh(correlation: Array, rule: Rule, noise: Array = 0.0) -> Array:
         The weight, exactly symmetric, (dim, dim), in the dtype of the correlation.
 
     Raises:
+        TypeError: The rule returned an array of another library, or not of real numbers.
         ValueError: The rule returned something else than a (dim,) array.
     """
     # On a host LAPACK takes it by columns, and is fastest on the upper triangle.
@@ -61,8 +63,9 @@ def eigh(correlation: Array, rule: Rule, noise: Array = 0.0) -> Array:
             f"the rule {rule!r} must return an array of shape {tuple(s.shape)}, "
             f"got {getattr(p, 'shape', p)!r}"
         )
+    p = converted(p, s, f"what the rule {rule!r} returns")
     # A matrix product alone is symmetric only to rounding.
-    return add_transposed(scaled_matmul(u * p, u.T, 0.5))
+    return add_transposed(scaled_matmul(u * p[None, :], u.T, 0.5))
 
 
 def _eigenvalues(s: Array, rule: Rule, noise: Array) -> Array:
