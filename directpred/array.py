@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, suppress
 from functools import cache
 from typing import Any, TypeAlias
 
@@ -119,7 +119,9 @@ def _full_precision() -> Any:
 
 def detached(x: Array) -> Array:
     """Return x as a constant for automatic differentiation."""
-    return x.detach() if is_torch(x) else x
+    if is_torch(x):
+        return x.detach()
+    return sys.modules["jax"].lax.stop_gradient(x) if is_jax_array(x) else x
 
 
 def is_real_floating(x: Array) -> bool:

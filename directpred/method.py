@@ -152,7 +152,10 @@ def _on_device(state: State, batch: Moments, options: Options, counts: Array, du
     xp = array_namespace(state.weight)
     started = state.step_count > 0
     rho = options.rho * xp.astype(started, state.weight.dtype)
-    rows = max(batch.rows, 1) if isinstance(batch.rows, int) else xp.clip(batch.rows, min=1)
+    if isinstance(rows := batch.rows, int):
+        rows = max(rows, 1)
+    else:
+        rows = xp.astype(xp.clip(rows, min=1), state.mean.dtype, copy=False)
     share = complement(rho, 1 / UNIT) / rows
     moved = moving_average(state.correlation, batch.outer, rho, share)
     mean = moving_average(state.mean, batch.total, rho, share, UNIT)
