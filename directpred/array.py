@@ -135,7 +135,7 @@ def is_real_floating(x: Array) -> bool:
 
 
 def as_features(x: Array) -> Array:
-    """Return x as what the operators of the standard take: NumPy's matrix has its own."""
+    """Return x with the operators of the standard, which subclasses of NumPy's may change."""
     return np.asarray(x) if isinstance(x, np.ndarray) else x
 
 
@@ -162,7 +162,7 @@ def converted(x: Array, like: Array, what: str) -> Array:
     Raises:
         TypeError: It is no array of real numbers.
     """
-    if getattr(x, "dtype", None) == like.dtype and type(x) is type(like):
+    if type(x) is type(like) and x.dtype == like.dtype:
         return x
     xp = array_namespace(like)
     if not (is_torch(x) or is_array_api_obj(x)):

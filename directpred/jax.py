@@ -10,8 +10,8 @@ In a training step, apply the weight of the step before, and update after the op
     state, weight = dpj.update(state, z1, z2)
 
 ``update`` is ``close`` after ``gather``. Apart they spread a step over micro-batches, whose moments
-`directpred.correlation.merge` adds up, in their dtype: over thousands of them, with ``center``, take
-a state in float64 where the mean outweighs the standard deviation.
+`directpred.correlation.merge` adds up, in their dtype: over thousands of them, with ``center``,
+take a state in float64 where the mean outweighs the standard deviation.
 
 Nothing relies on JAX promoting dtypes or ranks: ``jax_numpy_dtype_promotion="strict"`` and
 ``jax_numpy_rank_promotion="raise"`` may be set.
@@ -239,7 +239,9 @@ def _checked(z: Any, state: State) -> jax.Array:
     if not isinstance(z, jax.Array | np.ndarray):
         raise TypeError(f"expected features of JAX or NumPy, got {type(z).__name__}")
     if isinstance(z, np.ndarray) and z.dtype.kind == "f":  # JAX has no other order of bytes
-        z = z.astype(f"f{min(z.dtype.itemsize, 8)}" if z.dtype.itemsize > 1 else z.dtype, copy=False)
+        z = z.astype(
+            f"f{min(z.dtype.itemsize, 8)}" if z.dtype.itemsize > 1 else z.dtype, copy=False
+        )
     return jnp.asarray(z)
 
 

@@ -42,16 +42,22 @@ class DirectPred:
     the weight is the identity.
 
     Arrays may come from any one library that follows the array API standard: the first array seen
-    fixes library and device. Statistics and weight are float64 where the features are, else
-    float32; before the first array they are NumPy's.
+    fixes library and device. Statistics and weight are float64 where the features are, in whatever
+    order of bytes, or longer, else float32, also for the half precision of ml_dtypes in NumPy;
+    before the first array they are NumPy's. What is handed out is a copy, which may be written to.
 
     On a GPU, with PyTorch or CuPy, updates are recorded as a CUDA graph at the third one, and
-    replayed from then on, for rules that products can solve; what is handed out is a copy.
-    ``DIRECTPRED_GRAPHS=0`` in the environment turns that off.
+    replayed from then on, for rules that products can solve. ``DIRECTPRED_GRAPHS=0`` in the
+    environment turns that off.
 
-    In float32, features may be of any scale from 1e-17 to 1e18, over a million rows a step: the
-    weight is within 1e-3 of ‖W_p‖ of the exact one, or 2e-3 by matrix products. Below, the
-    squares lose digits, and with 100 rows or more it is within 1e-2 at 1e-18, 5e-2 at 1e-19 and
+    In float32, features may be of any scale from 1e-17 to 1e18, over a million rows a step, as long
+    as ‖W_p‖ is a normal number: with `DirectSet(2)`, whose weight is the square of the correlation,
+    from 1e-9 (1e-8 with XLA). For a power of ½ and more, the weight is
+    within 1e-3 of ‖W_p‖ of the exact one, or 2e-3 by matrix products, and twice that for the worst
+    spectra, as of features that are all but collapsed: rounding moves an eigenvalue by up to 4e-6
+    of the largest. A lower power makes more of that, (4e-6)^α: 4.5 % for ¼, 29 % for 0.1; and a
+    negative eps of `BoostScale` leaves a smaller norm, 1 + eps, to the same error. At scales below,
+    the squares lose digits, and with 100 rows or more it is within 1e-2 at 1e-18, 5e-2 at 1e-19 and
     0.2 at 1e-20; smaller features count as zero. Platforms that flush denormal numbers (XLA) are
     as exact from 1e-15, and count as zero what is below 1e-19. Larger features fit as long as
     their correlation and its norm do, and raise or are skipped as `nonfinite` says beyond that.
@@ -72,14 +78,15 @@ class DirectPred:
         freq: Set the weight every freq-th update, whatever the updates held.
         center: Whether the weight comes from F̂ − m mᵀ, with m the moving average of the mean. In
             float32 that loses digits where the mean outweighs the standard deviation: by 10 times,
-            the weight is within 2e-2, by 100 times within 0.3.
+            the weight is within 2e-2, by 100 times within 0.3, also over a million rows, or
+            thousands of micro-batches (where there is no float64 to gather these in, hundreds).
         solver: "eigh" (any rule), "matmul" (matrix products only, no host synchronisation; the
             rules with a `matrix_power`), or "auto" for the faster on the device.
         nonfinite: What to do with a batch that holds NaN or infinity, or whose correlation
             overflows: "raise" a `ValueError`, or "skip" the step, count it in `skipped` and go on.
 
     Raises:
-        TypeError: dim is no integer, or rule no callable.
+        TypeError: dim is no integer, rule no callable, or another option of the wrong type.
         ValueError: Another option is out of its range.
     """
 
@@ -137,8 +144,12 @@ class DirectPred:
             The prediction, in the shape and dtype of z.
 
         Raises:
-            TypeError: z is not an array, not real floating, or of another library.
+            TypeError: z is not an array, sparse, masked, not real floating, or of another library.
             ValueError: z is of another width or device, or has no rows.
+
+        Warns:
+            RuntimeWarning: On the host, that the prediction is beyond float16; see
+                `directpred.prediction.predict`.
         """
         (z,) = self._checked(z)
         with undisturbed(z):
@@ -157,7 +168,8 @@ class DirectPred:
             The weight (dim, dim): new, or as it was where freq says so.
 
         Raises:
-            TypeError: No views; one is not an array, not real floating, or of another library.
+            TypeError: No views; one is not an array, sparse, masked, not real floating, or of
+                another library; or a rule that returns no real numbers.
             ValueError: A view is of another width or device, or has no rows; features that are not
                 finite with nonfinite="raise"; a rule whose weight is not finite. Whatever is
                 raised, the predictor is as it was before the call.
@@ -223,8 +235,9 @@ class DirectPred:
             state: The saved state; it is copied.
 
         Raises:
-            ValueError: Of another version, dim or set of entries, not finite, or beyond the dtype
-                in use. Nothing changes.
+            TypeError: Not a mapping.
+            ValueError: Of another version, dim or set of entries, not finite, with a correlation
+                that is not symmetric, or beyond the dtype in use. Nothing changes.
         """
         loaded, accumulated = from_dict(state, self.dim)
         if self._bound:

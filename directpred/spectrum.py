@@ -75,7 +75,8 @@ class DirectSet:
     Source: Wang, Chen, Du, Tian, arXiv 2110.04947.
 
     Attributes:
-        alpha: Power of the correlation, > 0.
+        alpha: Power of the correlation, > 0. Below ½ it makes much of the rounding of small
+            eigenvalues, as `directpred.DirectPred` says.
         eps: Boost of all eigenvalues, ≥ 0, relative to the largest of F̂^α.
     """
 
@@ -138,7 +139,7 @@ class BoostScale:
 
     Attributes:
         eps: Boost of all eigenvalues, relative to the largest; it may be negative.
-        power: Power of the normalised eigenvalues, > 0.
+        power: Power of the normalised eigenvalues, > 0; below ½ as `alpha` of `DirectSet`.
         inside: Whether eps is added before the power is taken.
         floor: Lower bound, > 0, on the sum of the scaled eigenvalue and eps.
     """
