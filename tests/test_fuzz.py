@@ -263,7 +263,7 @@ class Model:
             norm = np.abs(p).max()
             solving = {"matmul": 1e-3 if eps > 1e-10 else 2e-7}.get(self.solver, 0.0)
             weight_off = 4 * self.moved(by, s[-1]) + (solving + 32 * eps) * norm + denormal**0.5
-            scale = 1e-33 < s[-1] < 1e36 and 1e-36 < norm  # of features from 1e-17 to 1e18
+            scale = 1e-33 < s[-1] < 1e36 and norm > 1e-36  # of features from 1e-17 to 1e18
             if self.rule and scale and eps > 1e-10 and not self.center:
                 weight_off = min(weight_off, documented(self.rule, self.solver, norm))
         self.correlation, self.off, self.mean, self.mean_off = correlation, off, mean, mean_off
