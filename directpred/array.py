@@ -156,8 +156,8 @@ def widest(like: Array) -> Any:
     return xp.float64 if "float64" in available else xp.float32
 
 
-def converted(x: Array, like: Array, what: str) -> Array:
-    """Return what a user's function gave for `like` in its dtype, library and device.
+def converted(x: Array, like: Array, rule: Any) -> Array:
+    """Return what a user's rule gave for `like` in its dtype, library and device.
 
     Raises:
         TypeError: It is no array of real numbers.
@@ -166,9 +166,9 @@ def converted(x: Array, like: Array, what: str) -> Array:
         return x
     xp = array_namespace(like)
     if not (is_torch(x) or is_array_api_obj(x)):
-        raise TypeError(f"{what} must be an array, got {type(x).__name__}")
+        raise TypeError(f"the rule {rule!r} must return an array, got {type(x).__name__}")
     if not (is_real_floating(x) or array_namespace(x).isdtype(x.dtype, ("integral", "bool"))):
-        raise TypeError(f"{what} must hold real numbers, got {x.dtype}")
+        raise TypeError(f"the rule {rule!r} must return real numbers, got {x.dtype}")
     if array_namespace(x) is not xp:
         x = xp.asarray(to_numpy(x), device=device(like))
     return xp.astype(x, like.dtype)

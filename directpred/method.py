@@ -188,4 +188,4 @@ def set_weight(correlation: Array, mean: Array, share: Array, options: Options) 
     if options.center:
         correlation = correlation - mean[:, None] * mean[None, :]
     weight = SOLVERS[options.solver](correlation, options.rule, noise)
-    return converted(weight, correlation, f"the weight of the rule {options.rule!r}")
+    return converted(weight, correlation, options.rule)

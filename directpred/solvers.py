@@ -64,7 +64,7 @@ def eigh(correlation: Array, rule: Rule, noise: Array = 0.0) -> Array:
             f"the rule {rule!r} must return an array of shape {tuple(s.shape)}, "
             f"got {getattr(p, 'shape', p)!r}"
         )
-    p = converted(p, s, f"what the rule {rule!r} returns")
+    p = converted(p, s, rule)
     # A matrix product alone is symmetric only to rounding.
     return add_transposed(scaled_matmul(u * p[None, :], u.T, 0.5))
 

@@ -279,7 +279,7 @@ def test_a_rule_that_returns_another_dtype_or_library(backend, rng, returns):
 def test_a_rule_that_returns_complex_numbers_is_named(backend, rng):
     z = backend.array(rng.normal(size=(30, DIM)), "float32")
     predictor = dp.DirectPred(DIM, lambda s: namespace(s).astype(s, namespace(s).complex64))
-    with pytest.raises(TypeError, match=r"returns must hold real numbers, got .*complex64"):
+    with pytest.raises(TypeError, match=r"must return real numbers, got .*complex64"):
         predictor.update(z)
     assert predictor.step_count == 0
 
@@ -307,7 +307,7 @@ def test_a_rule_that_returns_another_dtype_under_jit(rng, returns):
         assert weight.dtype == jax.numpy.float32
         expected = dp.DirectPred(DIM, RETURNS[returns]).update(z)
         np.testing.assert_allclose(weight[0], expected, atol=1e-4)
-        with pytest.raises(TypeError, match="must hold real numbers, got complex64"):
+        with pytest.raises(TypeError, match="must return real numbers, got complex64"):
             jax.jit(dpj.update)(dpj.init(DIM, lambda s: s + 0j), z)
 
 
@@ -443,9 +443,8 @@ def test_every_device_of_the_standard_goes_to_numpy(rng):
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("accumulated_rows", np.inf, "accumulated_rows must be a whole number ≥ 0, got inf"),
-        ("accumulated_rows", np.nan, "accumulated_rows must be a whole number ≥ 0, got nan"),
-        ("accumulated_rows", 0.5, "accumulated_rows must be a whole number ≥ 0"),
+        ("accumulated_rows", np.inf, "accumulated_rows must be a number ≥ 0, got inf"),
+        ("accumulated_rows", np.nan, "accumulated_rows must be a number ≥ 0, got nan"),
         ("step_count", np.inf, "step_count must hold finite numbers"),
         ("correlation", np.triu(np.ones((DIM, DIM))), "correlation must be symmetric"),
         ("correlation", -np.eye(DIM), "correlation must be symmetric, with a diagonal ≥ 0"),
