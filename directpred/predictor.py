@@ -303,10 +303,11 @@ class DirectPred:
 
     def _handed_out(self, x: Array) -> Array:
         """A copy: what is done to it leaves the predictor as it is, and what that does, it."""
-        if is_jax_array(x):  # which nobody can write to
-            return x
-        with undisturbed(x):
-            return x.clone() if is_torch(x) else array_namespace(x).asarray(x, copy=True)
+        if is_torch(x):
+            with undisturbed(x):
+                return x.clone()
+        # Nobody can write to an array of JAX.
+        return x if is_jax_array(x) else array_namespace(x).asarray(x, copy=True)
 
 
 def _moved(
