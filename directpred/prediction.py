@@ -11,7 +11,7 @@ import numpy as np
 
 from directpred.array import Array, array_namespace, host_view, is_torch
 
-NARROW = ("float16", "float8", "float6", "float4")
+NARROW = ("float16", "float8_", "float6_", "float4_")
 """Names of dtypes of a smaller range than float32 begin so."""
 
 
@@ -20,7 +20,7 @@ def predict(z: Array, weight: Array) -> Array:
 
     The weight of a rule that is not scale-free may be beyond float16, though the prediction is not.
     Features of so small a range are therefore multiplied in the dtype of the weight, and the
-    prediction is converted: exactly so within a compiler and on a device, for which nothing waits.
+    prediction is converted. Nothing waits for a device, and a compiler may trace it.
 
     Args:
         z: Features, (..., n, dim), real floating.

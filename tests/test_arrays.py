@@ -314,6 +314,14 @@ def test_a_rule_that_returns_another_dtype_under_jit(rng, returns):
 # Predictions in half precision
 
 
+@pytest.mark.parametrize("dtype", ["float64", "longdouble", ">f8"])
+def test_wide_features_are_multiplied_as_wide_as_they_are(dtype):
+    predictor = dp.DirectPred(1)
+    predictor(np.zeros((1, 1), "float32"))
+    z = np.full((1, 1), 1e-161, dtype)
+    assert predictor(z) == z
+
+
 UNBOUNDED = [dp.Eq18(normalize=False), dp.DirectCopy(), dp.DirectSet(0.5, 30.0)]
 
 

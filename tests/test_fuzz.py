@@ -206,7 +206,7 @@ SPOILED = {
     "unknown": (lambda s: s | {"bias": np.zeros(3)}, r"unknown \['bias'\]"),
     "shape": (lambda s: s | {"mean": np.zeros(77)}, r"mean must be of shape .*got \(77,\)"),
     "NaN": (lambda s: s | {"weight": s["weight"] * np.nan}, "weight must hold finite numbers"),
-    "count": (lambda s: s | {"step_count": -1}, "step_count must be a whole number"),
+    "count": (lambda s: s | {"step_count": -1}, "step_count must be a number ≥ 0"),
 }
 
 
@@ -278,7 +278,9 @@ class Model:
         dim, eps = z.shape[1], float(self.info.eps)
         summed = self.rows_info or self.info
         rows_eps = float(summed.eps)
-        denormal = dim**0.5 * rows_eps * float(summed.smallest_normal) * (4 + 8192 / len(z))
+        # Where squares are denormal, each that is added rounds by half a unit.
+        units = 4 + 8192 / len(z) + min(len(z), 4096) / 16
+        denormal = dim**0.5 * rows_eps * float(summed.smallest_normal) * units
         batch = z.T @ z / len(z)
         correlation = rho * self.correlation + (1 - rho) * batch
         mean = rho * self.mean + (1 - rho) * z.mean(axis=0)
