@@ -235,7 +235,9 @@ def test_gradients_that_move_elsewhere_between_micro_batches(attached):
     for _ in range(4):
         sums = [torch.zeros_like(p) for p in parameters]
         for _ in range(3):
-            for total, g in zip(sums, torch.autograd.grad(loop.forward(), parameters), strict=True):
+            for total, g in zip(
+                sums, torch.autograd.grad(loop.forward(), parameters), strict=True
+            ):
                 total += g
         for p, g in zip(parameters, sums, strict=True):
             p.grad = g
