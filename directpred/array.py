@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, suppress
 from functools import cache
 from typing import Any, TypeAlias
 
 import array_api_compat
 import numpy as np
-from array_api_compat import is_jax_array
+from array_api_compat import is_array_api_obj, is_jax_array, to_device
 
 Array: TypeAlias = Any
 """An array of any library that follows the array API standard."""
@@ -93,9 +93,21 @@ def _scipy_linalg() -> Any:
     return scipy.linalg
 
 
-def exact_products(x: Array) -> AbstractContextManager[None]:
-    """Multiply arrays like x in their dtype, whatever PyTorch's user allows for a network."""
-    return _full_precision()(x.device) if is_torch(x) else nullcontext()
+def undisturbed(x: Array) -> AbstractContextManager[Any]:
+    """Compute with arrays like x whatever their user has set for a network.
+
+    PyTorch multiplies in their dtype, and makes tensors that autograd takes also within inference
+    mode. NumPy does not warn of what the package looks for itself, as an overflow.
+    """
+    if not is_torch(x):
+        return np.errstate(all="ignore")
+    torch, full_precision = sys.modules["torch"], _full_precision()
+    if not torch.is_inference_mode_enabled():
+        return full_precision(x.device)  # type: ignore[no-any-return]
+    both = ExitStack()
+    both.enter_context(torch.inference_mode(False))
+    both.enter_context(full_precision(x.device))
+    return both
 
 
 @cache
@@ -107,7 +119,68 @@ def _full_precision() -> Any:
 
 def detached(x: Array) -> Array:
     """Return x as a constant for automatic differentiation."""
-    return x.detach() if is_torch(x) else x
+    if is_torch(x):
+        return x.detach()
+    return sys.modules["jax"].lax.stop_gradient(x) if is_jax_array(x) else x
+
+
+def is_real_floating(x: Array) -> bool:
+    """Tell whether the numbers of x are real and floating, those of ml_dtypes in NumPy too."""
+    if not isinstance(x, np.ndarray):
+        return bool(array_namespace(x).isdtype(x.dtype, "real floating"))
+    if x.dtype.kind == "V" and (ml_dtypes := sys.modules.get("ml_dtypes")):
+        with suppress(ValueError):  # it has integers too, and NumPy has records
+            return bool(ml_dtypes.finfo(x.dtype))
+    return bool(x.dtype.kind == "f")
+
+
+def as_features(x: Array) -> Array:
+    """Return x with the operators of the standard, which subclasses of NumPy's may change."""
+    return np.asarray(x) if isinstance(x, np.ndarray) else x
+
+
+def is_double(x: Array) -> bool:
+    """Tell whether x is of float64, in whatever order of bytes, or of more."""
+    if isinstance(x, np.ndarray):
+        return bool(x.dtype.itemsize >= 8)
+    return bool(x.dtype == array_namespace(x).float64)
+
+
+def widest(like: Array) -> Any:
+    """Return the widest real dtype of the standard on the device of an array: float64 mostly.
+
+    Some devices, and JAX as it comes, have none but float32.
+    """
+    xp = array_namespace(like)
+    available = xp.__array_namespace_info__().dtypes(device=device(like), kind="real floating")
+    return xp.float64 if "float64" in available else xp.float32
+
+
+def converted(x: Array, like: Array, rule: Any) -> Array:
+    """Return what a user's rule gave for `like` in its dtype, library and device.
+
+    Raises:
+        TypeError: It is no array of real numbers.
+    """
+    if type(x) is type(like) and x.dtype == like.dtype:
+        return x
+    xp = array_namespace(like)
+    if not (is_torch(x) or is_array_api_obj(x)):
+        raise TypeError(f"the rule {rule!r} must return an array, got {type(x).__name__}")
+    if not (is_real_floating(x) or array_namespace(x).isdtype(x.dtype, ("integral", "bool"))):
+        raise TypeError(f"the rule {rule!r} must return real numbers, got {x.dtype}")
+    if array_namespace(x) is not xp:
+        x = xp.asarray(to_numpy(x), device=device(like))
+    return xp.astype(x, like.dtype)
+
+
+def to_numpy(x: Any) -> np.ndarray[Any, Any]:
+    """Copy an array of any library, or a number, to NumPy."""
+    if is_array_api_obj(x) and not is_jax_array(x) and not on_host(x):  # JAX knows no "cpu"
+        devices = array_namespace(x).__array_namespace_info__().devices()
+        x = to_device(x, next((each for each in devices if "cpu" in str(each).lower()), "cpu"))
+    exports = is_array_api_obj(x) and not hasattr(x, "__array__")
+    return (np.from_dlpack(x) if exports else np.asarray(detached(x))).copy()
 
 
 def assign(targets: Sequence[Array], values: Sequence[Array]) -> None:

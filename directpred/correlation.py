@@ -7,11 +7,12 @@ correlation of a step is one of all its rows, however they were spread.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from functools import reduce
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from array_api_compat import is_jax_array
 
 from directpred.array import Array, array_namespace, host_view, is_torch, readable
 from directpred.features import check_features, describe_nonfinite  # noqa: F401 - they were here
@@ -48,8 +49,8 @@ def moments(z: Array, dtype: Array) -> Moments:
     numbers, and where that cannot be read, the features are scaled by a power of two before, which
     is exact: the product then overflows only where the mean of z zᵀ is beyond 1/16 of the largest
     number, so features of 4e18 fit float32, and features of 1e-20 lose no more than the mean itself
-    does. Features of another
-    dtype are converted block by block, so that memory stays O(dim²) whatever the number of rows.
+    does. Many rows are summed block by block, and the blocks in halves: rounding does not grow
+    with their number, and where features are of another dtype, nor does memory.
 
     Args:
         z: Features, (..., dim), real floating.
@@ -61,12 +62,34 @@ def moments(z: Array, dtype: Array) -> Moments:
     xp, dim = array_namespace(z), z.shape[-1]
     if z.ndim > 2:
         z = xp.reshape(z, (-1, dim))
-    if z.dtype == dtype:
-        return Moments(_outer(z), xp.sum(z, axis=0), z.shape[0])
-    rows, block = z.shape[0], max(4 * dim, 4096)
-    ends = ((start, min(start + block, rows)) for start in range(0, rows, block))
-    parts = (xp.astype(z[start:end, :], dtype) for start, end in ends)
-    return reduce(merge, (moments(part, dtype) for part in parts))
+    rows, same = z.shape[0], z.dtype == dtype
+    if rows > max(4 * dim, 4096) and not (same and _sums_well(z)):
+        half = rows // 2
+        return merge(moments(z[:half, :], dtype), moments(z[half:, :], dtype))
+    part = z if same else xp.astype(z, dtype)
+    return Moments(_outer(part), _total(part), rows)
+
+
+def _sums_well(z: Array) -> bool:
+    """Tell whether the library of z sums rows in parts, on a device or as it compiles.
+
+    NumPy adds row after row, and a product on a CPU panel after panel: rounding adds up.
+    """
+    return not isinstance(z, np.ndarray) and (is_jax_array(z) or not readable(z))
+
+
+def _total(part: Array) -> Array:
+    """Σ z over the rows (n, dim) of one dtype: in halves, where a library adds row after row."""
+    add = array_namespace(part).sum
+    if is_torch(part) or _sums_well(part):
+        return add(part, axis=0)
+
+    def in_halves(z: Array) -> Array:
+        if (half := z.shape[0] // 2) <= 64:
+            return add(z, axis=0)
+        return in_halves(z[:half, :]) + in_halves(z[half:, :])
+
+    return in_halves(part)
 
 
 def _outer(part: Array) -> Array:
@@ -79,6 +102,22 @@ def _outer(part: Array) -> Array:
     scale = 2.0 ** -max(0, math.ceil(math.log2(part.shape[0] / 16) / 2))  # n · scale² ≤ 16
     scaled = part * scale if scale < 1 else part
     return (scaled.T @ scaled) * (UNIT / scale**2)
+
+
+def sum_pairwise(views: Sequence[Array], gather: Callable[[Array], Moments]) -> Moments:
+    """Gather the moments of each of some arrays, and merge them in halves, as `moments` rows."""
+    if len(views) == 1:
+        return gather(views[0])
+    half = len(views) // 2
+    return merge(sum_pairwise(views[:half], gather), sum_pairwise(views[half:], gather))
+
+
+def cast(batch: Moments, dtype: Any) -> Moments:
+    """Convert the sums to another dtype; in float64, thousands may be merged one after another."""
+    if batch.outer.dtype == dtype:
+        return batch
+    xp = array_namespace(batch.outer)
+    return Moments(xp.astype(batch.outer, dtype), xp.astype(batch.total, dtype), batch.rows)
 
 
 def merge(a: Moments, b: Moments) -> Moments:

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from array_api_compat import is_array_api_obj
+from typing import Any
 
-from directpred.array import Array, array_namespace, is_torch
+import numpy as np
+from array_api_compat import is_array_api_obj, is_pydata_sparse_array
+
+from directpred.array import Array, array_namespace, is_real_floating, is_torch
+from directpred.scalars import as_int
+
+WAYS = ("toarray", "todense", "to_numpy", "numpy")
+"""Methods by which what is no array here gives one."""
 
 
-def check_dim(dim: int) -> int:
-    """Return dim, or raise where it is no positive integer."""
-    if not isinstance(dim, int) or isinstance(dim, bool):
+def check_dim(dim: Any) -> int:
+    """Return dim as an integer of Python, or raise where it is no positive one."""
+    if (number := as_int(dim)) is None:
         raise TypeError(f"dim must be an integer, got {dim!r}")
-    if dim < 1:
+    if number < 1:
         raise ValueError(f"dim must be ≥ 1, got {dim}")
-    return dim
+    return number
 
 
 def check_features(z: Array, dim: int, empty: bool = False) -> None:
@@ -25,12 +32,21 @@ def check_features(z: Array, dim: int, empty: bool = False) -> None:
         empty: Whether no rows are rows too.
 
     Raises:
-        TypeError: z is no array of a known library, or not real floating.
+        TypeError: z is no array of a known library, sparse, masked, or not real floating.
         ValueError: z is not (..., n, dim) or has no rows.
     """
-    if not (is_torch(z) or is_array_api_obj(z)):
-        raise TypeError(f"features must be an array, got {type(z).__name__}")
-    if not array_namespace(z).isdtype(z.dtype, "real floating"):
+    if is_torch(z):
+        if "strided" not in str(z.layout):
+            raise TypeError(f"features must be dense, got {z.layout}: pass z.to_dense()")
+    elif not is_array_api_obj(z) or is_pydata_sparse_array(z):
+        cure = next((f"z.{way}()" for way in WAYS if hasattr(z, way)), "numpy.asarray(z)")
+        raise TypeError(f"features must be an array, got {type(z).__name__}: pass {cure}")
+    elif isinstance(z, np.ma.MaskedArray):
+        raise TypeError(
+            f"features must have no mask, got {type(z).__name__}: pass the rows that are whole, "
+            "numpy.ma.compress_rows(z), or z.filled(value)"
+        )
+    if not is_real_floating(z):
         raise TypeError(f"features must be real floating, got {z.dtype}")
     if z.ndim < 2 or z.shape[-1] != dim:
         raise ValueError(f"features must be of shape (n, {dim}), got {tuple(z.shape)}")

@@ -10,7 +10,11 @@ In a training step, apply the weight of the step before, and update after the op
     state, weight = dpj.update(state, z1, z2)
 
 ``update`` is ``close`` after ``gather``. Apart they spread a step over micro-batches, whose moments
-`directpred.correlation.merge` adds up.
+`directpred.correlation.merge` adds up, in their dtype: over thousands of them, with ``center``,
+take a state in float64 where the mean outweighs the standard deviation.
+
+Nothing relies on JAX promoting dtypes or ranks: ``jax_numpy_dtype_promotion="strict"`` and
+``jax_numpy_rank_promotion="raise"`` may be set.
 """
 
 from __future__ import annotations
@@ -18,7 +22,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import reduce
 from typing import Any
 
 import jax
@@ -27,9 +30,10 @@ import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
 from directpred import state as core
-from directpred.correlation import Moments, merge, moments
+from directpred.correlation import Moments, moments, sum_pairwise
 from directpred.features import check_dim, check_features
 from directpred.method import Options, advance
+from directpred.prediction import predict
 from directpred.solvers import SolverName
 from directpred.spectrum import Eq18, Rule
 
@@ -154,7 +158,7 @@ def gather(state: State, *views: ArrayLike) -> Moments:
     dtype = state.weight.dtype
     # Accelerators multiply float32 in fewer bits unless told not to.
     with jax.default_matmul_precision("highest"):
-        batch = reduce(merge, (moments(jax.lax.stop_gradient(z), dtype) for z in features))
+        batch = sum_pairwise(features, lambda z: moments(jax.lax.stop_gradient(z), dtype))
     return batch._replace(rows=jnp.asarray(batch.rows, jnp.int32))
 
 
@@ -203,8 +207,8 @@ def apply(state: State, z: ArrayLike) -> jax.Array:
     Raises:
         TypeError, ValueError: As `update`.
     """
-    features = _checked(z, state)
-    return features @ jax.lax.stop_gradient(state.weight).astype(features.dtype)
+    prediction: jax.Array = predict(_checked(z, state), jax.lax.stop_gradient(state.weight))
+    return prediction
 
 
 def state_dict(state: State) -> dict[str, Any]:
@@ -234,6 +238,10 @@ def _checked(z: Any, state: State) -> jax.Array:
     check_features(z, state.mean.shape[-1])
     if not isinstance(z, jax.Array | np.ndarray):
         raise TypeError(f"expected features of JAX or NumPy, got {type(z).__name__}")
+    if isinstance(z, np.ndarray) and z.dtype.kind == "f":  # JAX has no other order of bytes
+        z = z.astype(
+            f"f{min(z.dtype.itemsize, 8)}" if z.dtype.itemsize > 1 else z.dtype, copy=False
+        )
     return jnp.asarray(z)
 
 

@@ -6,18 +6,18 @@ Like all of BYOL's and SimSiam's, they are between a prediction and a target wit
 
 from __future__ import annotations
 
-from typing import Any
+from array_api_compat import array_namespace, is_jax_array
 
-from array_api_compat import array_namespace, is_jax_array, is_torch_array
-
-from directpred.array import Array
+from directpred.array import Array, detached, is_torch
+from directpred.rows import at_least_float32, normalised
 
 
 def regression_loss(prediction: Array, target: Array, euclidean: bool = False) -> Array:
     """The distance of predictions from targets, mean over the rows.
 
     By default the normalised regression loss of BYOL, ‖p/‖p‖ − t/‖t‖‖² = 2 − 2 cos∠(p, t), with
-    rows of zeros at distance 2 and without a gradient; else ½ ‖p − t‖².
+    rows of zeros at distance 2 and without a gradient; else ½ ‖p − t‖². Half precision is converted
+    to float32 first, and the norm of a row over- or underflows at no scale of it.
 
     Source: Grill et al., NeurIPS 2020 (arXiv 2006.07733), Eq. 2.
 
@@ -27,12 +27,13 @@ def regression_loss(prediction: Array, target: Array, euclidean: bool = False) -
         euclidean: Whether to leave out the normalisation.
 
     Returns:
-        A 0-d array.
+        A 0-d array, float32 or float64.
     """
     xp = array_namespace(prediction, target)
+    prediction, target = at_least_float32(prediction), at_least_float32(target)
     if euclidean:
         return xp.mean(xp.sum((prediction - target) ** 2, axis=-1)) / 2
-    cosine = xp.sum(_normalised(prediction, xp) * _normalised(target, xp), axis=-1)
+    cosine = xp.sum(normalised(prediction) * normalised(target), axis=-1)
     return 2 - 2 * xp.mean(cosine)
 
 
@@ -53,25 +54,13 @@ def iso_loss(z: Array, prediction: Array, target: Array, euclidean: bool = False
         euclidean: As for `regression_loss`.
 
     Returns:
-        A 0-d array.
+        A 0-d array, float32 or float64.
 
     Raises:
         TypeError: z is of a library without automatic differentiation.
     """
-    past = _stop_gradient(prediction) + (z - _stop_gradient(z))
+    if not (is_torch(z) or is_jax_array(z)):
+        raise TypeError(f"iso_loss needs arrays of PyTorch or JAX, got {type(z).__name__}")
+    z = at_least_float32(z)
+    past = detached(at_least_float32(prediction)) + (z - detached(z))
     return regression_loss(past, target, euclidean)
-
-
-def _normalised(z: Array, xp: Any) -> Array:
-    square = xp.sum(z * z, axis=-1, keepdims=True)
-    return z / xp.sqrt(xp.where(square > 0, square, xp.ones_like(square)))
-
-
-def _stop_gradient(x: Array) -> Array:
-    if is_torch_array(x):
-        return x.detach()
-    if is_jax_array(x):
-        import jax
-
-        return jax.lax.stop_gradient(x)
-    raise TypeError(f"iso_loss needs arrays of PyTorch or JAX, got {type(x).__name__}")

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from numbers import Real
 from typing import Literal, NamedTuple, TypeAlias
 
-from directpred.array import Array, array_namespace
+from directpred.array import Array, array_namespace, converted
 from directpred.correlation import (
     UNIT,
     Moments,
@@ -17,6 +16,7 @@ from directpred.correlation import (
     rounding,
 )
 from directpred.fused import add_flag, complement
+from directpred.scalars import as_bool, as_float, as_int
 from directpred.solvers import SOLVERS, SolverName, solvable_by_matmul
 from directpred.spectrum import Rule
 from directpred.state import State
@@ -42,21 +42,24 @@ class Options(NamedTuple):
         """Return these options, or raise a `TypeError` or `ValueError` that names the wrong one."""
         if not callable(self.rule) or isinstance(self.rule, type):
             raise TypeError(f"rule must be a callable s -> p such as Eq18(), got {self.rule!r}")
-        if not isinstance(self.rho, Real):
+        if (rho := as_float(self.rho)) is None:
             raise TypeError(f"rho must be a number in [0, 1), got {self.rho!r}")
-        if not 0 <= self.rho < 1:
+        if not 0 <= rho < 1:
             raise ValueError(f"rho must be in [0, 1), got {self.rho!r}")
-        if not isinstance(self.freq, int) or isinstance(self.freq, bool) or self.freq < 1:
+        if (freq := as_int(self.freq)) is None or freq < 1:
             raise ValueError(f"freq must be an integer ≥ 1, got {self.freq!r}")
-        if not isinstance(self.center, bool):
+        if (center := as_bool(self.center)) is None:
             raise TypeError(f"center must be True or False, got {self.center!r}")
+        for name in ("solver", "nonfinite"):
+            if not isinstance(value := getattr(self, name), str):
+                raise TypeError(f"{name} must be text, got {value!r}")
         if self.solver not in SOLVERS:
             raise ValueError(f"solver must be one of {[*SOLVERS]}, got {self.solver!r}")
         if self.solver == "matmul" and not solvable_by_matmul(self.rule):
             raise ValueError(f"solver 'matmul' cannot take {self.rule!r}, which needs 'eigh'")
         if self.nonfinite not in ("raise", "skip"):
             raise ValueError(f"nonfinite must be 'raise' or 'skip', got {self.nonfinite!r}")
-        return self._replace(rho=float(self.rho))  # a scalar of NumPy would decide the dtype
+        return self._replace(rho=rho, freq=freq, center=center)
 
 
 def advance(
@@ -149,7 +152,10 @@ def _on_device(state: State, batch: Moments, options: Options, counts: Array, du
     xp = array_namespace(state.weight)
     started = state.step_count > 0
     rho = options.rho * xp.astype(started, state.weight.dtype)
-    rows = max(batch.rows, 1) if isinstance(batch.rows, int) else xp.clip(batch.rows, min=1)
+    if isinstance(rows := batch.rows, int):
+        rows = max(rows, 1)
+    else:
+        rows = xp.astype(xp.clip(rows, min=1), state.mean.dtype, copy=False)
     share = complement(rho, 1 / UNIT) / rows
     moved = moving_average(state.correlation, batch.outer, rho, share)
     mean = moving_average(state.mean, batch.total, rho, share, UNIT)
@@ -181,4 +187,5 @@ def set_weight(correlation: Array, mean: Array, share: Array, options: Options) 
     noise = rounding(mean, share, options.center)
     if options.center:
         correlation = correlation - mean[:, None] * mean[None, :]
-    return SOLVERS[options.solver](correlation, options.rule, noise)
+    weight = SOLVERS[options.solver](correlation, options.rule, noise)
+    return converted(weight, correlation, options.rule)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from array_api_compat import array_namespace
 
 from directpred.array import Array
+from directpred.rows import at_least_float32, normalised, or_one
 
 
 def alignment(weight: Array, correlation: Array) -> Array:
@@ -16,18 +17,16 @@ def alignment(weight: Array, correlation: Array) -> Array:
     z @ weight, so pass the transpose of the weight of a `torch.nn.Linear`.
 
     Args:
-        weight: The predictor W, (dim, dim), float32 or float64.
-        correlation: F, symmetric (dim, dim), of the same dtype.
+        weight: The predictor W, (dim, dim), floating, of any scale.
+        correlation: F, symmetric (dim, dim), likewise.
 
     Returns:
         The cosines (dim,), in ascending order of the eigenvalues of F.
     """
     xp = array_namespace(weight, correlation)
-    u = xp.linalg.eigh(correlation)[1]
-    mapped = weight.T @ u
-    norm = xp.linalg.vector_norm(mapped, axis=0)
-    cosine = xp.sum(u * mapped, axis=0) / xp.where(norm > 0, norm, xp.ones_like(norm))
-    return xp.clip(cosine, min=-1.0, max=1.0)
+    u = xp.linalg.eigh(_over_largest(correlation))[1]
+    mapped = u.T @ _over_largest(weight)
+    return xp.clip(xp.sum(u.T * normalised(mapped), axis=-1), min=-1.0, max=1.0)
 
 
 def effective_rank(correlation: Array) -> Array:
@@ -37,16 +36,16 @@ def effective_rank(correlation: Array) -> Array:
     Source: Roy and Vetterli, "The effective rank", EUSIPCO 2007, there on singular values.
 
     Args:
-        correlation: Symmetric positive semi-definite (dim, dim), float32 or float64.
+        correlation: Symmetric positive semi-definite (dim, dim), floating, of any scale.
 
     Returns:
         A 0-d array.
     """
     xp = array_namespace(correlation)
-    s = xp.clip(xp.linalg.eigvalsh(correlation), min=0.0)
+    s = xp.clip(xp.linalg.eigvalsh(_over_largest(correlation)), min=0.0)
     total = xp.sum(s)
-    share = s / xp.where(total > 0, total, xp.ones_like(total))
-    entropy = -xp.sum(share * xp.log(xp.where(share > 0, share, xp.ones_like(share))))
+    share = s / or_one(total)
+    entropy = -xp.sum(share * xp.log(or_one(share)))
     return xp.exp(entropy) * xp.astype(total > 0, s.dtype)
 
 
@@ -57,14 +56,18 @@ def spread(z: Array) -> Array:
     Source: Chen and He, "Exploring simple Siamese representation learning", CVPR 2021.
 
     Args:
-        z: Outputs, (..., dim), float32 or float64. Rows of zeros count as zero.
+        z: Outputs, (..., dim), floating, of any scale. Rows of zeros count as zero.
 
     Returns:
         A 0-d array.
     """
     xp = array_namespace(z)
     dim = z.shape[-1]
-    z = xp.reshape(z, (-1, dim))
-    norm = xp.linalg.vector_norm(z, axis=1, keepdims=True)
-    z = z / xp.where(norm > 0, norm, xp.ones_like(norm))
+    z = normalised(at_least_float32(xp.reshape(z, (-1, dim))))
     return xp.mean(xp.std(z, axis=0)) * dim**0.5
+
+
+def _over_largest(matrix: Array) -> Array:
+    """A matrix over its largest number, so that nothing made of it over- or underflows."""
+    xp, matrix = array_namespace(matrix), at_least_float32(matrix)
+    return matrix / or_one(xp.max(xp.abs(matrix)))

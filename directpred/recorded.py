@@ -42,7 +42,7 @@ class Recorder:
     def __init__(self, record: Record | None, in_place: bool = True) -> None:
         self.in_place = in_place
         self._record = record
-        self._failed = False
+        self._failed = ""  # why
         self._start(None)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -73,17 +73,24 @@ class Recorder:
         Raises:
             ValueError: With nonfinite="raise", which waits for the device: the batch or the weight
                 is not finite. The state is as it was.
+
+        Warns:
+            UserWarning: The closing could not be recorded. The step is done by then.
         """
         raises = options.nonfinite == "raise"
         if raises and bool(counts) and not is_finite(batch):
             raise ValueError(NOT_FINITE)
         xp = array_namespace(state.weight)
         before = State(*(xp.asarray(x, copy=True) for x in state)) if raises else state
+        failed = self._failed
         after = self._close(state, batch, options, counts, closings)
         if raises and int(after.skipped) > int(before.skipped):
             if self.in_place:
                 written(state, before)
             raise ValueError(f"the rule {options.rule!r} gave a weight that is not finite")
+        if self._failed != failed:
+            message = f"steps are closed without a recording, which is slower: {self._failed}"
+            warnings.warn(message, stacklevel=2)
         return after
 
     def _close(
@@ -121,16 +128,16 @@ class Recorder:
             try:
                 self._replays[solves] = self._record(run, state.weight)
             except RuntimeError as error:
-                self._failed = True
-                message = f"steps are closed without a recording, which is slower: {error}"
-                warnings.warn(message, stacklevel=2)
+                self._failed = str(error)
                 return False
         self._replays[solves]()
         return True
 
     def _records(self, options: Options) -> bool:
         """Tell whether to record: an eigendecomposition waits for the host, which cannot be."""
-        off = self._record is None or self._failed or os.environ.get("DIRECTPRED_GRAPHS") == "0"
+        off = (
+            self._record is None or self._failed != "" or os.environ.get("DIRECTPRED_GRAPHS") == "0"
+        )
         return not off and options.solver != "eigh" and solvable_by_matmul(options.rule)
 
 

@@ -15,6 +15,7 @@ from typing import Literal, Protocol, TypeAlias, cast
 from directpred.array import (
     Array,
     array_namespace,
+    converted,
     device,
     host_view,
     is_plain,
@@ -35,7 +36,8 @@ def eigh(correlation: Array, rule: Rule, noise: Array = 0.0) -> Array:
     """Solve by a symmetric eigendecomposition; any rule.
 
     Eigenvalues within rounding of 0 (below 8 units in the last place of the largest, and `noise`)
-    count as 0: a square root would blow a noise of 1e-7 up to 3e-4.
+    count as 0: a square root would blow a noise of 1e-7 up to 3e-4. In float32, with the rounding
+    of the matrix, an eigenvalue is then within 4e-6 of the largest.
 
     Args:
         correlation: Symmetric (dim, dim), float32 or float64, finite.
@@ -46,6 +48,7 @@ def eigh(correlation: Array, rule: Rule, noise: Array = 0.0) -> Array:
         The weight, exactly symmetric, (dim, dim), in the dtype of the correlation.
 
     Raises:
+        TypeError: The rule returned an array of another library, or not of real numbers.
         ValueError: The rule returned something else than a (dim,) array.
     """
     # On a host LAPACK takes it by columns, and is fastest on the upper triangle.
@@ -61,8 +64,9 @@ def eigh(correlation: Array, rule: Rule, noise: Array = 0.0) -> Array:
             f"the rule {rule!r} must return an array of shape {tuple(s.shape)}, "
             f"got {getattr(p, 'shape', p)!r}"
         )
+    p = converted(p, s, rule)
     # A matrix product alone is symmetric only to rounding.
-    return add_transposed(scaled_matmul(u * p, u.T, 0.5))
+    return add_transposed(scaled_matmul(u * p[None, :], u.T, 0.5))
 
 
 def _eigenvalues(s: Array, rule: Rule, noise: Array) -> Array:

@@ -17,12 +17,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any, TypeAlias
 
 from directpred.array import Array, array_namespace, readable
 from directpred.fused import add_product, add_scaled
 from directpred.matrix import positive_part
+from directpred.scalars import as_bool, as_float
 
 Rule: TypeAlias = Callable[[Array], Array]
 """Eigenvalues (dim,) of the correlation, ascending and ≥ 0, to those (dim,) of the weight."""
@@ -50,6 +50,7 @@ class Eq18:
 
     def __post_init__(self) -> None:
         _require(self, "eps", lambda x: x >= 0, "≥ 0")
+        _require_bool(self, "normalize")
 
     def __call__(self, s: Array) -> Array:
         """Map eigenvalues (dim,), ascending and ≥ 0, to those of the weight (dim,)."""
@@ -74,7 +75,8 @@ class DirectSet:
     Source: Wang, Chen, Du, Tian, arXiv 2110.04947.
 
     Attributes:
-        alpha: Power of the correlation, > 0.
+        alpha: Power of the correlation, > 0. Below ½ it makes much of the rounding of small
+            eigenvalues, as `directpred.DirectPred` says.
         eps: Boost of all eigenvalues, ≥ 0, relative to the largest of F̂^α.
     """
 
@@ -137,7 +139,7 @@ class BoostScale:
 
     Attributes:
         eps: Boost of all eigenvalues, relative to the largest; it may be negative.
-        power: Power of the normalised eigenvalues, > 0.
+        power: Power of the normalised eigenvalues, > 0; below ½ as `alpha` of `DirectSet`.
         inside: Whether eps is added before the power is taken.
         floor: Lower bound, > 0, on the sum of the scaled eigenvalue and eps.
     """
@@ -153,6 +155,7 @@ class BoostScale:
         _require(self, "eps", lambda x: True, "a finite number")
         _require(self, "power", lambda x: x > 0, "> 0")
         _require(self, "floor", lambda x: x > 0, "> 0")
+        _require_bool(self, "inside")
 
     def __call__(self, s: Array) -> Array:
         """Map eigenvalues (dim,), ascending and ≥ 0, to those of the weight (dim,)."""
@@ -198,9 +201,17 @@ def _over_largest(s: Array) -> Array:
 def _require(rule: Any, name: str, holds: Callable[[float], bool], expected: str) -> None:
     """Check an option of a rule, and keep it as a number of Python, which decides no dtype."""
     value = getattr(rule, name)
-    if not isinstance(value, Real):
+    if (number := as_float(value)) is None:
         raise TypeError(f"{name} must be {expected}, got {value!r}")
-    if not (math.isfinite(value) and holds(float(value))):
+    if not (math.isfinite(number) and holds(number)):
         raise ValueError(f"{name} must be {expected}, got {value}")
     if not isinstance(value, int):
-        object.__setattr__(rule, name, float(value))
+        object.__setattr__(rule, name, number)
+
+
+def _require_bool(rule: Any, name: str) -> None:
+    """Check a switch of a rule."""
+    value = getattr(rule, name)
+    if (flag := as_bool(value)) is None:
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+    object.__setattr__(rule, name, flag)

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-from array_api_compat import is_array_api_obj, is_jax_array, to_device
 
-from directpred.array import Array, array_namespace, device, on_host
+from directpred.array import Array, array_namespace, device
+from directpred.array import to_numpy as to_numpy  # also the name by which others have it
 from directpred.correlation import UNIT, Moments
 
 VERSION = 3
@@ -46,16 +46,14 @@ def initial_state(dim: int) -> State:
     return State(np.zeros_like(eye), np.zeros_like(eye[0]), eye, 0, 0, 0)
 
 
-def to_numpy(x: Any) -> np.ndarray[Any, Any]:
-    """Copy an array of any library, or a number, to NumPy."""
-    if is_array_api_obj(x) and not is_jax_array(x) and not on_host(x):  # JAX knows no "cpu"
-        x = to_device(x, "cpu")
-    exports = is_array_api_obj(x) and not hasattr(x, "__array__")
-    return (np.from_dlpack(x) if exports else np.asarray(x)).copy()
-
-
-def moved(arrays: Arrays, like: Array, dtype: Any) -> Arrays:
+def moved(arrays: Arrays, like: Array, dtype: Any, held: Any = None) -> Arrays:
     """Copy a state or moments in NumPy to the library and device of `like`; counts stay numbers.
+
+    Args:
+        arrays: What to copy.
+        like: An array of the library, on the device.
+        dtype: The dtype that the numbers must fit.
+        held: The dtype to hold them in, by default the same.
 
     Raises:
         ValueError: A number is beyond the dtype, in which it would be infinite.
@@ -69,7 +67,7 @@ def moved(arrays: Arrays, like: Array, dtype: Any) -> Arrays:
         top = float(np.max(np.abs(x), where=np.isfinite(x), initial=0.0))
         if top > float(info.max):
             raise ValueError(f"{name} must fit {info.dtype}, got up to {top:.3g}")
-        return xp.asarray(x, dtype=dtype, device=device(like), copy=True)
+        return xp.asarray(x, dtype=held or dtype, device=device(like), copy=True)
 
     return type(arrays)(*(move(name, x) for name, x in arrays._asdict().items()))
 
@@ -93,9 +91,12 @@ def from_dict(entries: Mapping[str, Any], dim: int) -> tuple[State, Moments | No
         dim: The width expected.
 
     Raises:
-        ValueError: An entry is missing or unknown, of another shape, or not finite; or the version
-            is not one that this release knows.
+        TypeError: There are no entries.
+        ValueError: An entry is missing or unknown, of another shape, not finite, or no correlation;
+            or the version is not one that this release knows.
     """
+    if not isinstance(entries, Mapping):
+        raise TypeError(f"expected what state_dict() gave, got {type(entries).__name__}")
     version = to_numpy(entries.get("version")).tolist()
     if isinstance(version, float) and math.isfinite(version):
         version = round(version)  # of an average of states
@@ -126,6 +127,8 @@ def from_dict(entries: Mapping[str, Any], dim: int) -> tuple[State, Moments | No
             raise ValueError(f"{name} must hold finite numbers, got {x.dtype} {x}")
         if not shapes[name] and not 0 <= x < math.inf:
             raise ValueError(f"{name} must be a number ≥ 0, got {x}")
+        if name == "correlation" and not _is_symmetric(x):
+            raise ValueError(f"{name} must be symmetric, with a diagonal ≥ 0")
     if version == 1 and "accumulated_outer" in arrays:
         arrays["accumulated_outer"] = arrays["accumulated_outer"] * UNIT
     # Counts of an average of states are rounded.
@@ -135,3 +138,10 @@ def from_dict(entries: Mapping[str, Any], dim: int) -> tuple[State, Moments | No
     state = State(**{name: values.pop(name) for name in State._fields})
     accumulated = Moments(*values.values()) if values else None
     return state, accumulated if accumulated and accumulated.rows else None
+
+
+def _is_symmetric(x: np.ndarray[Any, Any]) -> bool:
+    """Tell whether a matrix is a correlation's, but for rounding in whatever it was stored in."""
+    wide = x.astype(np.float64)
+    rounding = 1e-3 * np.abs(wide).max()
+    return bool(np.abs(wide - wide.T).max() <= rounding and wide.diagonal().min() >= -rounding)

@@ -6,6 +6,7 @@ CI, with new random seeds.
 """
 
 import copy
+import dataclasses
 import os
 from collections import Counter
 
@@ -29,9 +30,6 @@ from directpred.state import to_numpy
 TIMES = int(os.environ.get("DIRECTPRED_FUZZ", "0"))
 INPUTS: Counter[str] = Counter()
 """Arrays and states given to the package, by what was done with them."""
-
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
-
 
 # Rules: the package's, the oracle's, and how far p moves when the correlation does by `by`: a power
 # below 1 is operator monotone, so ‖A^α − B^α‖ ≤ ‖A − B‖^α; above 1 and for clips a factor suffices.
@@ -78,6 +76,14 @@ def boost_scale(eps, alpha, inside, floor):
 
 def own(function, moved):
     return function, function, moved
+
+
+def documented(rule, solver, norm):
+    """The bound of the docstring of `DirectPred`, for the package's rules in float32."""
+    alpha = getattr(rule, "alpha", getattr(rule, "power", 0.5))
+    alpha = 1.0 if isinstance(rule, dp.DirectCopy) else alpha
+    bound = max(4e-3 if solver == "matmul" else 2e-3, 4e-6 ** min(alpha, 1))
+    return bound * (norm - min(getattr(rule, "eps", 0.0), 0.0))
 
 
 WRONG_SHAPE = [lambda s: s[:0], lambda s: 1.0, lambda s: None, lambda s: s[:, None] * s]
@@ -155,11 +161,14 @@ def laid_out(z, layout):
     return np.asarray(z, order="F" if layout == "Fortran" else "C")
 
 
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+
 @st.composite
 def features(draw, dim, dtypes):
     """(name of the dtype, NumPy array): good ones, or with a NaN, an infinity or a huge value."""
     dtype = draw(st.sampled_from(dtypes))
-    rows = draw(st.integers(1, 9))
+    rows = draw(st.sampled_from([*range(1, 10)] * 20 + [100_000]))
     rng = np.random.default_rng(draw(st.integers(0, 9999)))
     z = content(draw(st.sampled_from(KINDS)), rows, dim, rng)
     z = z * 10.0 ** draw(st.sampled_from(SCALES[dtype]))
@@ -197,7 +206,7 @@ SPOILED = {
     "unknown": (lambda s: s | {"bias": np.zeros(3)}, r"unknown \['bias'\]"),
     "shape": (lambda s: s | {"mean": np.zeros(77)}, r"mean must be of shape .*got \(77,\)"),
     "NaN": (lambda s: s | {"weight": s["weight"] * np.nan}, "weight must hold finite numbers"),
-    "count": (lambda s: s | {"step_count": -1}, "step_count must be a whole number"),
+    "count": (lambda s: s | {"step_count": -1}, "step_count must be a number ≥ 0"),
 }
 
 
@@ -210,7 +219,8 @@ def fits(rows, info):
 class Model:
     """What a predictor should hold, in float64, and how far off one in another dtype may be."""
 
-    def __init__(self, dim, exact_rule, moved, rho, freq, center, solver, double=False):
+    def __init__(self, dim, rule, exact_rule, moved, rho, freq, center, solver, double=False):
+        self.rule = rule if dataclasses.is_dataclass(rule) else None  # of the package
         self.exact_rule, self.moved, self.solver = exact_rule, moved, solver
         self.rho, self.freq, self.center = rho, freq, center
         self.correlation, self.mean = np.zeros((dim, dim)), np.zeros(dim)
@@ -253,6 +263,9 @@ class Model:
             norm = np.abs(p).max()
             solving = {"matmul": 1e-3 if eps > 1e-10 else 2e-7}.get(self.solver, 0.0)
             weight_off = 4 * self.moved(by, s[-1]) + (solving + 32 * eps) * norm + denormal**0.5
+            scale = 1e-33 < s[-1] < 1e36 and norm > 1e-36  # of features from 1e-17 to 1e18
+            if self.rule and scale and eps > 1e-10 and not self.center:
+                weight_off = min(weight_off, documented(self.rule, self.solver, norm))
         self.correlation, self.off, self.mean, self.mean_off = correlation, off, mean, mean_off
         self.weight, self.weight_off = weight, weight_off
         self.steps, self.skipped = self.steps + enters, self.skipped + (not enters)
@@ -265,12 +278,16 @@ class Model:
         dim, eps = z.shape[1], float(self.info.eps)
         summed = self.rows_info or self.info
         rows_eps = float(summed.eps)
-        denormal = dim**0.5 * rows_eps * float(summed.smallest_normal) * (4 + 8192 / len(z))
+        # Where squares are denormal, each that is added rounds by half a unit.
+        units = 4 + 8192 / len(z) + min(len(z), 4096) / 16
+        denormal = dim**0.5 * rows_eps * float(summed.smallest_normal) * units
         batch = z.T @ z / len(z)
         correlation = rho * self.correlation + (1 - rho) * batch
         mean = rho * self.mean + (1 - rho) * z.mean(axis=0)
         # Of the sum and of the moving average; |z| bounds what cancels in a mean.
-        off = rho * self.off + 16 * rows_eps * np.trace(batch) + 4 * eps * np.trace(correlation)
+        running = 16 if len(z) < 100 else 64  # a product of floats adds up some hundred in a row
+        off = rho * self.off + running * rows_eps * np.trace(batch)
+        off += 4 * eps * np.trace(correlation)
         off += denormal
         size = (1 - rho) * np.abs(z).mean(axis=0) + np.abs(mean)
         mean_off = rho * self.mean_off + 8 * rows_eps * np.linalg.norm(size) + denormal
@@ -299,7 +316,7 @@ class Machine(RuleBasedStateMachine):
         note(str(self.options))
         event(type(rule).__name__)
         options = {k: v for k, v in self.options.items() if k not in ("rule", "nonfinite")}
-        self.model = Model(self.dim, exact_rule, moved, **options)
+        self.model = Model(self.dim, rule, exact_rule, moved, **options)
         if options["solver"] == "auto" and getattr(rule, "matrix_power", None) == 1:
             self.model.solver = "matmul"
         self.predictor = dp.DirectPred(self.dim, **self.options)

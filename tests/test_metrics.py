@@ -60,3 +60,36 @@ def test_spread_is_one_for_isotropic_and_zero_for_collapsed(backend, rng):
     unit = z / np.linalg.norm(z, axis=1, keepdims=True)
     expected = np.mean(np.std(unit, axis=0)) * np.sqrt(5)
     np.testing.assert_allclose(float(metrics.spread(backend.array(z))), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-20, 1.0, 1e20, 1e37])
+def test_metrics_in_float32_do_not_depend_on_the_scale(backend, rng, scale):
+    z, weight = rng.normal(size=(50, 6)) * np.arange(1, 7), rng.normal(size=(6, 6))
+    correlation = z.T @ z / 500
+
+    def all_three(scale):
+        arrays = (
+            backend.array(scale * x, "float32") for x in (z / 20, weight / 4, correlation / 4)
+        )
+        z_, weight_, correlation_ = arrays
+        return [
+            float(metrics.spread(z_)),
+            float(metrics.effective_rank(correlation_)),
+            *backend.to_numpy(metrics.alignment(weight_, correlation_)),
+        ]
+
+    np.testing.assert_allclose(all_three(scale), all_three(1.0), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_metrics_of_half_precision(rng, dtype):
+    torch = pytest.importorskip("torch")
+    z = torch.tensor(300 * rng.normal(size=(50, 6))).to(getattr(torch, dtype))
+    c = z.double().T @ z.double() / 1e6
+    narrow = c.to(z.dtype)
+    assert float(metrics.spread(z)) == pytest.approx(float(metrics.spread(z.double())), rel=1e-5)
+    wide = narrow.double()
+    assert float(metrics.effective_rank(narrow)) == pytest.approx(
+        float(metrics.effective_rank(wide)), rel=1e-4
+    )
+    np.testing.assert_allclose(metrics.alignment(narrow, narrow), np.ones(6), atol=1e-5)

@@ -5,6 +5,7 @@ import io
 import pickle
 import warnings
 
+import numpy as np
 import pytest
 
 import directpred as dp
@@ -418,3 +419,29 @@ def test_the_number_of_kernels():
     with branch:
         largest_eigenvalue(parts)
     assert len(names) - len(branch.names()) <= 80
+
+
+@pytest.mark.parametrize("freq", [1, 2])
+def test_a_warning_that_is_an_error_costs_no_step(monkeypatch, freq):
+    """It is issued once the step is done, and not in place of it."""
+
+    def fails(run, like):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(directpred.predictor, "recorder_for", lambda x: Recorder(fails))
+    recorded, eager = dp.DirectPred(DIM, freq=freq), dp.DirectPred(DIM, freq=freq)
+    torch.manual_seed(0)
+    eager._recorder = Recorder(None)
+    raised = []
+    for _ in range(6):
+        z = rows(32)
+        eager.update(z)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            try:
+                recorded.update(z)
+            except UserWarning as warning:
+                raised.append(str(warning))
+    assert ["closed without a recording" in message for message in raised] == [True]
+    for name, x in eager.state_dict().items():
+        np.testing.assert_array_equal(x, recorded.state_dict()[name], err_msg=name)

@@ -1,7 +1,8 @@
 """The weight from features of any scale against the float64 oracle.
 
 Bounds are of ‖W_p − oracle‖ / ‖oracle‖ in spectral norm. In float32, for features with a spectrum
-like that of real ones, of full or low rank: 1e-3 by eigh and 2e-3 by matmul from 1e-17 to 1e18;
+like that of real ones, of full or low rank: 1e-3 by eigh and 2e-3 by
+matmul from 1e-17 to 1e18, and twice that for the worst spectra;
 from there down the squares lose digits, and a root makes of an error δ in F̂ one of √δ: 1e-2 at
 1e-18, 5e-2 at 1e-19, 0.2 at 1e-20 (of a hundred rows and more; the fewer, the worse). In float64,
 1e-7 wherever squares fit. XLA flushes denormal numbers: there the bounds hold from 1e-15, and
@@ -207,3 +208,96 @@ def test_where_values_are_unknown_a_weight_that_overflows_is_skipped(rng, solver
     assert (predictor.step_count, predictor.skipped) == (1, 1)
     for name in ("correlation", "mean", "weight"):
         assert bool(xp.all(getattr(predictor, name) == before[name])), name
+
+
+@pytest.mark.parametrize("dim", [3, 200, 600])
+@pytest.mark.parametrize("alpha", [0.1, 0.25, 0.5, 0.8, 1.0, 1.5, 2.0])
+def test_the_error_of_any_power_is_what_4e_6_of_an_eigenvalue_makes(rng, alpha, dim):
+    """At spectra with much just above, at and below what counts as 0, and of collapsed features."""
+    documented = max(2e-3, 4e-6 ** min(alpha, 1.0))
+    directions = np.linalg.qr(rng.normal(size=(dim, dim)))[0]
+    for small in (0.0, 5e-7, 9e-7, 9.6e-7, 1.2e-6):
+        for many in (1, dim // 2, dim - 1):
+            s = np.r_[np.full(many, small), np.linspace(0.5, 1, dim - many)]
+            z = (directions * np.sqrt(dim * s)).T.astype("float32")
+            predictor = dp.DirectPred(dim, rule=dp.DirectSet(alpha, 0.0), solver="eigh")
+            exact = exact_weight(z, lambda s: oracle.directset(s, alpha, 0.0))
+            assert relative_error(predictor.update(z), exact) <= documented, (small, many)
+        if dim > 200:
+            return
+    for rows in (500, 4000):
+        z = np.tile(rng.normal(size=dim), (rows, 1)).astype("float32")
+        predictor = dp.DirectPred(dim, rule=dp.DirectSet(alpha, 0.0), solver="eigh")
+        exact = exact_weight(z, lambda s: oracle.directset(s, alpha, 0.0))
+        assert relative_error(predictor.update(z), exact) <= documented, rows
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1e-3, 1e9])
+def test_a_square_of_the_correlation_that_float32_holds(backend, rng, scale):
+    if backend.module == "jax.numpy":  # which flushes what is below 1e-38 to 0
+        scale = max(scale, 1e-8)
+    z = (scale * features(rng)).astype("float32")
+    weight = dp.DirectPred(DIM, rule=dp.DirectSet(2.0)).update(backend.array(z, "float32"))
+    exact = exact_weight(z, lambda s: oracle.directset(s, 2.0, 0.1))
+    assert relative_error(weight, exact) <= 1.5e-3
+
+
+def centred(z):
+    return exact_weight(z - z.astype(np.float64).mean(0), lambda s: oracle.eq18(s, 0.0))
+
+
+def far(rng, ratio, rows, dim=8):
+    """Features whose mean is so many times their standard deviation."""
+    return (0.7 + rng.normal(size=(rows, dim)) * 0.7 / ratio).astype("float32")
+
+
+@pytest.mark.parametrize(("ratio", "error"), [(10, 2e-2), (100, 0.3)])
+@pytest.mark.parametrize("rows", [10_000, 1_000_000])
+def test_a_far_mean_of_many_rows(backend, rng, rows, ratio, error):
+    """NumPy adds row after row: over a million the sum is half a percent off."""
+    z = far(rng, ratio, rows)
+    predictor = dp.DirectPred(8, rule=dp.Eq18(0.0), center=True)
+    weight = to_numpy(predictor.update(backend.array(z, "float32")))
+    exact = centred(z)
+    assert relative_error(weight, exact) <= error
+    mean = z.mean(axis=0, dtype=np.float64)
+    np.testing.assert_allclose(to_numpy(predictor.mean), mean, rtol=1e-6)
+
+
+@pytest.mark.parametrize("rows", [10_000, 1_000_000])
+def test_a_feature_that_is_constant_gets_no_variance(backend, rng, rows):
+    """Of it, a running sum over the rows would make more than the others have."""
+    z = (0.1 * rng.normal(size=(rows, 8))).astype("float32")
+    z[:, 3] = 0.7
+    weight = dp.DirectPred(8, rule=dp.Eq18(0.0), center=True).update(backend.array(z, "float32"))
+    assert relative_error(weight, centred(z)) <= 2e-2
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_far_mean_of_many_rows_that_are_cast_block_by_block(backend, rng, dtype):
+    if not hasattr(backend.library, dtype):
+        pytest.skip(f"{backend.module} has no {dtype}")
+    z = backend.array(far(rng, 10, 300_000), "float32")
+    narrow = array_namespace(z).astype(z, getattr(backend.library, dtype))
+    wide = to_numpy(array_namespace(z).astype(narrow, z.dtype))
+    weight = dp.DirectPred(8, rule=dp.Eq18(0.0), center=True).update(narrow)
+    assert relative_error(weight, centred(wide)) <= 2e-2
+
+
+@pytest.mark.parametrize("how", ["accumulate", "views"])
+def test_a_far_mean_of_thousands_of_micro_batches(backend, rng, how):
+    """A running sum over ten thousand in float32 would lose four digits."""
+    if backend.module == "array_api_strict":
+        pytest.skip("as NumPy, in minutes")
+    z = far(rng, 100, 40_000)
+    predictor = dp.DirectPred(8, rule=dp.Eq18(0.0), center=True)
+    parts = [backend.array(part, "float32") for part in np.split(z, 10_000)]
+    if how == "views":
+        weight = predictor.update(*parts)
+    else:
+        for part in parts:
+            predictor.accumulate(part)
+        assert predictor.state_dict()["accumulated_rows"] == 40_000
+        weight = predictor.step()
+    assert relative_error(weight, centred(z)) <= 0.3
+    assert weight.dtype == parts[0].dtype
