@@ -126,6 +126,8 @@ def detached(x: Array) -> Array:
 
 def is_real_floating(x: Array) -> bool:
     """Tell whether the numbers of x are real and floating, those of ml_dtypes in NumPy too."""
+    if is_torch(x):
+        return bool(x.is_floating_point())
     if not isinstance(x, np.ndarray):
         return bool(array_namespace(x).isdtype(x.dtype, "real floating"))
     if x.dtype.kind == "V" and (ml_dtypes := sys.modules.get("ml_dtypes")):

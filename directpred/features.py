@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import numpy as np
@@ -36,7 +37,7 @@ def check_features(z: Array, dim: int, empty: bool = False) -> None:
         ValueError: z is not (..., n, dim) or has no rows.
     """
     if is_torch(z):
-        if "strided" not in str(z.layout):
+        if z.layout != sys.modules["torch"].strided:
             raise TypeError(f"features must be dense, got {z.layout}: pass z.to_dense()")
     elif not is_array_api_obj(z) or is_pydata_sparse_array(z):
         cure = next((f"z.{way}()" for way in WAYS if hasattr(z, way)), "numpy.asarray(z)")

@@ -299,15 +299,19 @@ class DirectPred:
                 raise
         self._state, self._accumulated = state, None
         self._closed += 1
-        return self.weight
+        return _copied(state.weight)
 
     def _handed_out(self, x: Array) -> Array:
-        """A copy: what is done to it leaves the predictor as it is, and what that does, it."""
-        if is_torch(x):
-            with undisturbed(x):
-                return x.clone()
-        # Nobody can write to an array of JAX.
-        return x if is_jax_array(x) else array_namespace(x).asarray(x, copy=True)
+        with undisturbed(x):
+            return _copied(x)
+
+
+def _copied(x: Array) -> Array:
+    """A copy: what is done to it leaves the predictor as it is, and what that does, it."""
+    if is_torch(x):
+        return x.clone()
+    # Nobody can write to an array of JAX.
+    return x if is_jax_array(x) else array_namespace(x).asarray(x, copy=True)
 
 
 def _moved(
