@@ -93,7 +93,7 @@ class CollapseMonitor(Callback):
         self,
         module: str | nn.Module,
         *,
-        every: int = 50,
+        every: int = 25,
         select: Callable[[Any], Tensor] | None = None,
         channel_dim: int | None = None,
     ) -> None:

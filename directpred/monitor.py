@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import sys
 import warnings
-import weakref
 from collections.abc import Callable
 from typing import Any
 
 from array_api_compat import is_array_api_obj
 
-from directpred.array import Array, array_namespace, detached, is_torch
+from directpred.array import Array, array_namespace, detached, device, is_torch
 from directpred.metrics import diagnose
 
 __all__ = ["CollapseMonitor", "CollapseWarning"]
@@ -129,7 +128,8 @@ class CollapseMonitor:
         rows = _as_rows(output if self.select is None else self.select(output), self.channel_dim)
         if not self._due or not _can_be_read(rows):
             return None
-        if self._rows and self._rows[0].shape[1] != rows.shape[1]:
+        alike = [x.shape[1] == rows.shape[1] and device(x) == device(rows) for x in self._rows]
+        if not all(alike):
             self._rows = []
         few = rows.shape[0] < ROWS
         self._rows.append(array_namespace(rows).asarray(rows, copy=True) if few else rows)
@@ -156,7 +156,7 @@ class CollapseMonitor:
             raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
         self.remove()
         self._name = name or type(module).__name__
-        self._handle = module.register_forward_hook(_Hook(self, module))
+        self._handle = module.register_forward_hook(_Hook(self))
 
     def remove(self) -> None:
         """Stop watching the module."""
@@ -225,16 +225,14 @@ def check_every(every: int) -> int:
 class _Hook:
     """What a module holds of its monitor; in a copy or a pickle of the module, nothing."""
 
-    def __init__(self, monitor: CollapseMonitor, module: Any) -> None:
+    def __init__(self, monitor: CollapseMonitor) -> None:
         torch = sys.modules["torch"]
-        self.module = weakref.ref(module)
         self.grad_enabled, self.proxy = torch.is_grad_enabled, torch.fx.Proxy
         self.observe = torch.compiler.disable(monitor.__call__)
 
     def __call__(self, module: Any, args: Any, output: Any) -> None:
-        """Hand the output to the monitor, of a training pass of the module itself."""
-        training = module.training and self.grad_enabled()
-        if training and module is self.module() and not isinstance(output, self.proxy):
+        """Hand the output of a training pass to the monitor."""
+        if module.training and self.grad_enabled() and not isinstance(output, self.proxy):
             self.observe(output)
 
     def __reduce__(self) -> Any:

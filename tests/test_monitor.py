@@ -62,6 +62,14 @@ def test_a_collapse_is_warned_of_once_at_its_third_reading(rng, collapsed, what)
     assert "DirectPredHead" in message
 
 
+def test_in_many_dimensions_the_spread_shows_what_the_rank_does_not(rng):
+    z = 1 + 0.18 * torch.from_numpy(rng.normal(size=(1500, 512)))
+    assert diagnose(z)["effective_rank"] > 1.3
+    ((index, message),) = warned(CollapseMonitor(every=1), [healthy(rng), *[z] * 5])
+    assert index == 3
+    assert "all rows alike (spread 0.18" in message
+
+
 def test_two_readings_are_not_enough(rng):
     kinds = 5 * [alike, alike, healthy]
     assert warned(CollapseMonitor(every=1), [kind(rng) for kind in kinds]) == []
@@ -250,8 +258,9 @@ def test_copies_watch_nothing(model, duplicate):
     model(x)
     assert len(seen) == 1
     monitor.log = None
+    model.register_forward_hook(lambda *_: None)  # which has no pickle
     other = duplicate(monitor)
-    model(x)
+    other.remove()
     assert other(model(x)) == monitor.latest
 
 
