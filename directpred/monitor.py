@@ -52,6 +52,7 @@ class CollapseMonitor:
 
     A module inside a compiled one breaks the graph there, which raises with ``fullgraph=True``:
     watch the compiled module itself, or call the monitor. What a CUDA graph replays calls no hook.
+    `torch.jit.script` takes no hooks: `remove` it before.
 
     Example:
         >>> import torch
@@ -227,12 +228,14 @@ class _Hook:
 
     def __init__(self, monitor: CollapseMonitor) -> None:
         torch = sys.modules["torch"]
-        self.grad_enabled, self.proxy = torch.is_grad_enabled, torch.fx.Proxy
+        self.grad_enabled, self.tracing = torch.is_grad_enabled, torch.jit.is_tracing
+        self.proxy = torch.fx.Proxy
         self.observe = torch.compiler.disable(monitor.__call__)
 
     def __call__(self, module: Any, args: Any, output: Any) -> None:
         """Hand the output of a training pass to the monitor."""
-        if module.training and self.grad_enabled() and not isinstance(output, self.proxy):
+        traced = isinstance(output, self.proxy) or self.tracing()
+        if module.training and self.grad_enabled() and not traced:
             self.observe(output)
 
     def __reduce__(self) -> Any:
@@ -274,10 +277,12 @@ def _as_rows(z: Any, channel_dim: int | None) -> Array:
 
 
 def _can_be_read(z: Array) -> bool:
-    """Tell whether z has values now: not under torch.func, in a capture, or on the meta device."""
+    """Tell whether z has values that may be read: not while a transform or a tracer runs."""
     if not is_torch(z):
         return True
-    if z.is_meta or (z.is_cuda and sys.modules["torch"].cuda.is_current_stream_capturing()):
+    torch = sys.modules["torch"]
+    captured = z.is_cuda and torch.cuda.is_current_stream_capturing()
+    if captured or z.is_meta:
         return False
     try:
         z.data_ptr()

@@ -308,6 +308,8 @@ def test_transforms_and_tracers_pass(model):
     torch.func.grad(loss)(parameters, x)
     outer = nn.Sequential(model, nn.Linear(8, 2))
     torch.fx.symbolic_trace(outer)
+    torch.jit.trace(model, x)
+    torch.export.export(model, (x,))
     model.to("meta")(x.to("meta"))
     assert monitor.latest == {}
 
