@@ -71,37 +71,48 @@ def row(config: str, predictor: str, lr: float, folder: Path) -> list[str]:
     options |= {"predictor": predictor, "lr": lr, "evaluate_every": 1000}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", CollapseWarning)
-        monitor = CollapseMonitor("online.projector", every=EVERY)
-        readings = Readings(monitor, caught)
-        run = fit(Recipe.parse(options), folder / "run.ckpt", callbacks=[monitor, readings])
+        encoder, projector = (
+            CollapseMonitor(f"online.{name}", every=EVERY) for name in ("encoder", "projector")
+        )
+        readings = Readings(projector, caught)
+        run = fit(
+            Recipe.parse(options), folder / "run.ckpt", callbacks=[encoder, projector, readings]
+        )
     first, *later = readings.kept
     low = min(range(len(later)), key=lambda index: later[index]["spread"])
     end = run.history[-1]
     return [
         f"{config}, {predictor}, lr {lr}",
-        f"{first['spread']:.2f}, {first['effective_rank']:.1f}",
-        f"{later[low]['spread']:.3f}, {later[low]['effective_rank']:.2f}",
+        cell(first),
+        cell(later[low]),
         str(EVERY * (low + 1)),
-        f"{later[-1]['spread']:.2f}, {later[-1]['effective_rank']:.1f}",
+        cell(later[-1]),
+        cell(encoder.latest),
         f"{end['probe']:.1f}",
         ", ".join(map(str, readings.warned)) or "–",
     ]
 
 
+def cell(figures: dict[str, float]) -> str:
+    """Spread and effective rank of a reading."""
+    return f"{figures['spread']:.2f}, {figures['effective_rank']:.2f}"
+
+
 def main() -> None:
     """Train all of them and write the table."""
-    header = ["recipe", "first", "lowest", "at step", "last", "probe, %", "warned at"]
+    header = ["recipe", "first", "lowest", "at step", "last", "encoder", "probe, %", "warned at"]
     with tempfile.TemporaryDirectory() as folder:
         rows = [row(*run, Path(folder)) for run in RUNS]
     machine = cpuinfo.get_cpu_info().get("brand_raw", platform.machine())
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "lightning"))
     text = (
         f"# Collapse\n\n{machine}, one thread, {versions}. {datetime.date.today()}, `python "
-        f"benches/collapse.py`, seed 0.\n\nSpread and effective rank of the projector's "
-        f"64 outputs, in training batches of the digits, every {EVERY} steps: at the first, at the "
-        "lowest spread after it and at the last; linear probe at the end; steps at which "
-        "`CollapseMonitor` warned.\n\n" + table(header, rows) + "\n"
+        "benches/collapse.py`, seed 0.\n\nSpread and effective rank of the projector's 64 outputs, "
+        f"in training batches of the digits, every {EVERY} steps: at the first, at the lowest "
+        "spread after it and at the last; those of the encoder in front of it at the last; linear "
+        "probe at the end; steps at which `CollapseMonitor` warned.\n\n"
     )
+    text += table(header, rows) + "\n"
     (ROOT / "benches/results/collapse.md").write_text(text, encoding="utf-8")
     print(text)
 
