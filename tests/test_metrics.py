@@ -264,3 +264,22 @@ def test_diagnostics_of_what_is_not_finite_name_it(backend):
         broken[index][..., 0] = np.nan
         with pytest.raises(ValueError, match=f"the {name} must be finite"):
             metrics.diagnostics(*map(backend.array, broken))
+
+
+def test_diagnostics_of_a_head_whose_weight_is_trained(rng):
+    torch = pytest.importorskip("torch")
+    from directpred.torch import DirectPredHead
+
+    head = DirectPredHead(6, between="train")
+    head(torch.from_numpy(rng.normal(size=(64, 6))).float().requires_grad_()).sum().backward()
+    head.step()
+    with torch.no_grad():
+        head.weight[0, 1] += 0.5
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        got = metrics.diagnostics(head.weight, head.correlation, head.mean)
+    weight, correlation = head.weight.detach(), head.correlation
+    assert got["condition"] == pytest.approx(float(torch.linalg.cond(weight)), rel=1e-4)
+    cosines = metrics.alignment(weight, correlation)
+    assert got["alignment"] == pytest.approx(float(cosines.mean()), abs=1e-5)
+    assert got["alignment"] < 0.999
