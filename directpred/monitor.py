@@ -9,7 +9,15 @@ from typing import Any
 
 from array_api_compat import is_array_api_obj
 
-from directpred.array import Array, array_namespace, detached, device, is_torch
+from directpred.array import (
+    Array,
+    array_namespace,
+    as_features,
+    detached,
+    device,
+    is_real_floating,
+    is_torch,
+)
 from directpred.metrics import diagnose
 
 __all__ = ["CollapseMonitor", "CollapseWarning"]
@@ -259,7 +267,7 @@ def _as_rows(z: Any, channel_dim: int | None) -> Array:
             "to watch, as in CollapseMonitor(module, select=lambda output: output[0])"
         )
     xp, shape = array_namespace(z), tuple(z.shape)
-    if not xp.isdtype(z.dtype, "real floating"):
+    if not is_real_floating(z):
         raise TypeError(f"expected outputs of a real floating dtype, got {z.dtype}")
     if channel_dim is None and z.ndim > 3:
         raise ValueError(
@@ -272,7 +280,7 @@ def _as_rows(z: Any, channel_dim: int | None) -> Array:
             f"expected outputs of two axes or more, two features or more, got shape {shape} with "
             f"the features along axis {axis}"
         )
-    rows = xp.reshape(xp.moveaxis(detached(z), axis, -1), (-1, shape[axis]))
+    rows = xp.reshape(xp.moveaxis(detached(as_features(z)), axis, -1), (-1, shape[axis]))
     return rows[:: max(1, -(-rows.shape[0] // MOST_ROWS)), :]
 
 

@@ -142,6 +142,12 @@ def test_small_batches_are_read_together(rng):
     assert ROWS == 32
 
 
+def test_bfloat16_in_numpy(rng):
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    z = rng.normal(size=(64, 8)).astype(ml_dtypes.bfloat16)
+    assert CollapseMonitor()(z) == diagnose(z.astype("float32"))
+
+
 def test_the_rows_of_a_huge_pass_are_thinned_evenly(rng):
     z = healthy(rng, 10_000)
     assert CollapseMonitor()(z) == diagnose(z[::3])
