@@ -25,6 +25,7 @@ from directpred.array import (
 from directpred.correlation import Moments, cast, is_finite, merge, moments, sum_pairwise
 from directpred.features import check_dim, check_features, describe_nonfinite
 from directpred.method import NonFinite, Options, advance
+from directpred.metrics import diagnostics
 from directpred.prediction import predict
 from directpred.recorded import Recorder, recorder_for
 from directpred.solvers import SolverName
@@ -209,6 +210,10 @@ class DirectPred:
             raise ValueError("step() needs at least one accumulate(z) since the last step")
         with undisturbed(self._state.weight):
             return self._close(self._state, self._accumulated)
+
+    def diagnostics(self) -> dict[str, float]:
+        """Measure the state, as `directpred.metrics.diagnostics` says; waits for the device."""
+        return diagnostics(self._state.weight, self._state.correlation, self._state.mean)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as plain arrays with a version, the numbers as 0-d arrays of NumPy.

@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-NAMES = ("README.md", "CONTRIBUTING.md", "adapters/README.md", "docs/ranks.md")
+NAMES = ("README.md", "CONTRIBUTING.md", "adapters/README.md", "docs/ranks.md", "docs/rules.md")
 PAGES = {name: ROOT / name for name in NAMES}
 EXAMPLES = [
     example
