@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from directpred.correlation import Moments
+from directpred.correlation import Moments, cast
 from directpred.torch.ranks import several, sum_over_ranks
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ class Watch:
 
     Attributes:
         gathered: Moments of the rows that belong to the step so far.
+        passes: How many forward passes these came from.
         optimizer: The optimizer after whose steps the head closes its own.
         attached: Whether the user has said so.
         by_hand: Whether the user closes the steps.
@@ -79,6 +80,7 @@ class Watch:
         self.waiting = self.strange = self.idle = 0
         self.closed: tuple[int, object] | None = (0, None)
         self.said: set[str] = set()
+        self.passes = 0
         self.lock = threading.Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -88,7 +90,7 @@ class Watch:
     def drop(self) -> None:
         """Forget the rows of the step."""
         self.gathered = None
-        self.waiting = self.strange = 0
+        self.passes = self.waiting = self.strange = 0
 
     def closes_after(self) -> torch.optim.Optimizer | None:
         """Return the optimizer that the head waits for, if it is still there."""
@@ -110,7 +112,8 @@ class Pending:
 
     def __init__(self, heads: Sequence[DirectPredHead]) -> None:
         self._heads = heads
-        self._batches: list[Moments | None] = [head._watch.gathered for head in heads]
+        gathered = ((head._watch.gathered, head.mean.dtype) for head in heads)
+        self._batches = [batch and cast(batch, dtype) for batch, dtype in gathered]
         self._apart = [i for i, head in enumerate(heads) if several(head.process_group)]
         if self._apart:
             with torch.no_grad():

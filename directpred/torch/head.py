@@ -17,10 +17,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from directpred.array import assign, on_host
-from directpred.correlation import Moments, is_finite, merge_finite, moments
+from directpred.array import assign, on_host, widest
+from directpred.correlation import Moments, cast, is_finite, merge_finite, moments
 from directpred.features import check_dim, check_features, describe_nonfinite
 from directpred.method import NonFinite, Options, advance
+from directpred.metrics import diagnostics
+from directpred.prediction import predict
 from directpred.recorded import Recorder, written
 from directpred.solvers import SolverName
 from directpred.spectrum import Eq18, Rule
@@ -30,6 +32,9 @@ from directpred.torch.graph import capturing, record
 from directpred.torch.owner import LONG, leaves, may_step, register, say
 from directpred.torch.precision import full_precision
 from directpred.torch.ranks import Kept, several, version
+
+MANY = 16
+"""Forward passes of a step from which on they are summed in float64: rounding adds up."""
 
 
 class DirectPredHead(nn.Module):
@@ -236,6 +241,13 @@ class DirectPredHead(nn.Module):
         """
         self._enter(self._moments(z))
 
+    def diagnostics(self) -> dict[str, float]:
+        """Return what tells whether the features collapse; see `directpred.metrics.diagnostics`.
+
+        It waits for the device.
+        """
+        return diagnostics(self.weight, self.correlation, self.mean)
+
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """Close a step after every `optimizer.step()`; replaces an earlier attachment.
 
@@ -280,22 +292,27 @@ class DirectPredHead(nn.Module):
 
     def _predict(self, z: Tensor) -> Tensor:
         self._restore()
-        if not self.training or z.is_meta or not z.numel():
-            return z @ self.weight.to(z.dtype)
+        weight = self.weight
+        prediction: Tensor
+        if z.is_meta:
+            return z @ weight.to(z.dtype)
+        if not self.training or not z.numel():
+            prediction = predict(z, weight)
+            return prediction
         if torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(z):
-            prediction = z @ self.weight.to(z.dtype)
+            prediction = predict(z, weight)
             self._gather_at_once(z)
             return prediction
         watch = self._watch
         if watch.gathered is not None and not _in_backward():
             self._settle(z)
-        prediction = z @ self.weight.to(z.dtype)
+        prediction = predict(z, weight)
         if prediction.requires_grad:
             with torch.no_grad():
                 batch = self._moments(z.detach())
             prediction.register_hook(_Rows(self, batch))
             if watch.leaves is None:
-                watch.leaves = leaves(z, self.weight)
+                watch.leaves = leaves(z, weight)
         return prediction
 
     def _settle(self, z: Tensor) -> None:
@@ -370,9 +387,13 @@ class DirectPredHead(nn.Module):
         """Let rows belong to the step."""
         watch = self._watch
         with watch.lock:
-            watch.gathered = (
-                batch if watch.gathered is None else merge_finite(watch.gathered, batch)
-            )
+            watch.passes += 1
+            if watch.gathered is None:
+                watch.gathered = batch
+                return
+            if watch.passes == MANY:
+                watch.gathered = cast(watch.gathered, widest(batch.outer))
+            watch.gathered = merge_finite(watch.gathered, cast(batch, watch.gathered.outer.dtype))
 
     def _nothing(self) -> Moments:
         return Moments(torch.zeros_like(self.correlation), torch.zeros_like(self.mean), 0)
