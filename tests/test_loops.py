@@ -573,10 +573,11 @@ def test_attached_to_an_optimizer_whose_step_never_runs():
     def step(loop):
         loop.forward().backward()
         loop.optimizer.second_step()
+        loop.closed()
 
     (message,) = said(loop, step)
-    assert "(TwoSteps) whose step() has not run" in message
-    assert "(SGD) has stepped the parameters in front of it" in message
+    assert "(TwoSteps) whose step() has not run, while another (SGD)" in message
+    loop.check(60)
 
 
 def test_attached_to_an_optimizer_that_was_made_anew():
@@ -587,13 +588,57 @@ def test_attached_to_an_optimizer_that_was_made_anew():
     def step(loop):
         loop.forward().backward()
         new.step()
+        loop.closed()
 
     (message,) = said(loop, step, 5)
-    assert "another (Adam) has stepped" in message
+    assert "it closes its steps after that one" in message
+    loop.check(5)
+    loop.head.attach(new)  # what it says
+    assert not said(loop, step, 5)
+    loop.check(10)
+
+
+def test_attached_to_an_optimizer_that_was_made_anew_for_a_part_of_the_model():
+    loop = Loop()
+    loop.head.attach(loop.optimizer)
+    new = torch.optim.Adam(loop.encoder[2].parameters())
+
+    def step(loop):
+        loop.forward().backward()
+        new.step()
+
+    (message,) = said(loop, step, 5)
+    assert "(SGD) whose step() has not run" in message
+    assert "another (Adam) has stepped the parameters in front of it 3 times" in message
     loop.head.attach(new)  # the line that cures it
     loop.head.discard()
     step(loop)
     assert int(loop.head.step_count) == 1
+
+
+def test_attached_to_an_optimizer_around_another_of_the_same_parameters():
+    """The outer one's hooks close the step, once, also where it takes a closure."""
+
+    class Outer(torch.optim.SGD):
+        def step(self, closure=None):
+            return self.inner.step(closure)
+
+    for closure in (False, True):
+        loop = Loop(lambda p: Outer(p, lr=0.1))
+        loop.optimizer.inner = torch.optim.SGD(loop.encoder.parameters(), lr=0.1)
+        loop.head.attach(loop.optimizer)
+
+        def passes(loop=loop):
+            loss = loop.forward()
+            loss.backward()
+            return loss
+
+        for _ in range(4):
+            if not closure:
+                passes()
+            loop.optimizer.step(passes if closure else None)
+            loop.closed()
+        loop.check()
 
 
 def test_attached_to_the_optimizer_of_another_model():

@@ -149,6 +149,7 @@ class Attached:
         # In the order of attachment, which with several ranks is that of collectives.
         self.heads: weakref.WeakKeyDictionary[DirectPredHead, None] = weakref.WeakKeyDictionary()
         self.pending: Pending | None = None
+        self.stepping = False
         self.handles: list[RemovableHandle] = []
 
     def add(self, head: DirectPredHead, optimizer: torch.optim.Optimizer) -> None:
@@ -169,12 +170,14 @@ class Attached:
             self.handles = []
 
     def _before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        self.stepping = True
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         # A closure's forward passes are still to come. What a failed step has left is replaced.
         self.pending = Pending([*self.heads]) if closure is None else None
 
     def _after(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         pending, self.pending = self.pending or Pending([*self.heads]), None
+        self.stepping = False
         for head in self.heads:
             head._notice_idle()
         pending.close(skipped_by(optimizer))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
-from directpred.torch.closing import Pending, skipped_by
+from directpred.torch.closing import Pending, attached, skipped_by
 
 if TYPE_CHECKING:
     from directpred.torch.head import DirectPredHead
@@ -121,24 +121,38 @@ def _waits_for(head: DirectPredHead, optimizer: Optimizer) -> bool:
     watch = head._watch
     if watch.gathered is None or watch.by_hand:
         return False
-    attached = watch.closes_after()
-    if attached is optimizer:
+    named = watch.closes_after()
+    if named is optimizer or (named is not None and attached[named].stepping):
+        return False  # its own hooks close the step
+    reached = watch.leaves
+    if named is None or not watch.attached:
+        unseen = reached is None  # by code that is compiled
+        hidden = reached and reached.opaque and _has_gradients(optimizer)
+        return bool(unseen or hidden or (reached and owns(optimizer, reached)))
+    if reached is None or not owns(optimizer, reached):
         return False
-    known = watch.leaves
-    mine = known is None or owns(optimizer, known) or (known.opaque and _has_gradients(optimizer))
-    if not (attached and watch.attached):
-        return mine
-    if mine and known is not None:
-        watch.strange += 1
-        if watch.strange == STRANGE:
-            say(
-                head,
-                f"is attached to an optimizer ({type(attached).__name__}) whose step() has not run "
-                f"since its last step, while another ({type(optimizer).__name__}) has stepped the "
-                f"parameters in front of it {STRANGE} times: its weight is not set. Call "
-                "head.attach(optimizer) with the optimizer whose step() runs",
-            )
+    theirs = f"({type(named).__name__}) whose step() has not run, while another"
+    if _parameters(named) == _parameters(optimizer):
+        say(
+            head,
+            f"was attached to an optimizer {theirs} ({type(optimizer).__name__}) with the same "
+            "parameters has stepped: it closes its steps after that one. head.attach(optimizer) "
+            "with the optimizer whose step() runs says so",
+        )
+        return True
+    watch.strange += 1
+    if watch.strange == STRANGE:
+        say(
+            head,
+            f"is attached to an optimizer {theirs} ({type(optimizer).__name__}) has stepped the "
+            f"parameters in front of it {STRANGE} times: its weight is not set. Call "
+            "head.attach(optimizer) with the optimizer whose step() runs",
+        )
     return False
+
+
+def _parameters(optimizer: Optimizer) -> set[int]:
+    return {id(p) for group in optimizer.param_groups for p in group["params"]}
 
 
 def say(head: DirectPredHead, what: str) -> None:
