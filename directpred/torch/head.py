@@ -404,7 +404,8 @@ class DirectPredHead(nn.Module):
         watch = self._watch
         watch.drop()
         self._restore()
-        if hasattr(self.weight, "full_tensor"):  # a DTensor
+        state = self._state()
+        if self.between == "train" and hasattr(state.weight, "full_tensor"):  # a DTensor
             raise TypeError(
                 "fully_shard has sharded the weight of a head with between='train': take 'hold', "
                 "with which it is a buffer"
@@ -413,21 +414,21 @@ class DirectPredHead(nn.Module):
         counts: Any = batch.rows > 0 if isinstance(batch.rows, Tensor) else True
         if skipped is not None:
             counts = ~skipped & counts
-        state = self._state()
         # Nobody is there to decide or to raise when it runs.
-        unattended = torch.compiler.is_compiling() or capturing(self.weight)
-        with full_precision(self.weight.device):
+        unattended = torch.compiler.is_compiling() or capturing(state.weight)
+        with full_precision(state.weight.device):
             if unattended and self.options.nonfinite == "skip":
                 watch.closed = None
                 written(state, advance(state, batch, self.options, False, counts))
-            elif on_host(self.weight):
+            elif on_host(state.weight):
                 if not int(batch.rows):
                     return
-                numbers = {name: int(getattr(state, name)) for name in State._fields[3:]}
-                after = advance(state._replace(**numbers), batch, self.options, True, counts)
+                before = State(*state[:3], *map(int, state[3:]))
+                after = advance(before, batch, self.options, True, counts)
                 assign(state[:3], after[:3])  # in place: references to the buffers stay valid
-                for count, value in zip(state[3:], after[3:], strict=True):
-                    count.fill_(value)
+                for count, old, new in zip(state[3:], before[3:], after[3:], strict=True):
+                    if new != old:
+                        count.fill_(new)
                 self._wrote(after.closings)
             else:
                 closed = self._closings()
@@ -470,7 +471,7 @@ class DirectPredHead(nn.Module):
 
     def _wrote(self, closings: int) -> None:
         """Remember that the state is as this head wrote it."""
-        if self._watch.closed is not None:
+        if self._watch.closed is not None and self.options.freq > 1:
             self._watch.closed = closings, version(self.closings)
         if self.process_group is not None:
             self._kept.keep(self._own())
