@@ -20,14 +20,11 @@ from dataclasses import fields
 from typing import Any
 
 from solo.methods import BYOL, METHODS, BaseMethod, SimSiam
-from torch import nn
-from torch.optim import Optimizer
 
 from directpred.spectrum import BoostScale, DirectCopy, DirectSet, Eq18
-from directpred.torch import DirectPredHead
+from directpred.torch import replace_predictor, restore
 
 from .lightning import DirectPredCallback
-from .replace import find, named, replace, restore
 
 __all__ = ["DirectPred", "replace_predictor", "restore"]
 
@@ -92,28 +89,6 @@ class DirectPredSimSiam(DirectPred, SimSiam):  # type: ignore[misc]
 
 BASES = {"byol": DirectPredBYOL, "simsiam": DirectPredSimSiam}
 METHODS["directpred"] = DirectPred
-
-
-def replace_predictor(
-    model: nn.Module, optimizer: Optimizer | None = None, **head_options: Any
-) -> DirectPredHead:
-    """Put a `DirectPredHead` where the ``predictor`` of a model that is built already stands.
-
-    Give the trainer a `directpred.adapters.lightning.DirectPredCallback`, which closes the steps.
-
-    Args:
-        model: A `solo.methods.BYOL` or `solo.methods.SimSiam`.
-        optimizer: As `directpred.adapters.replace.replace`; Lightning usually makes it later.
-        **head_options: Options of `DirectPredHead`.
-
-    Returns:
-        The head.
-
-    Raises:
-        TypeError, ValueError: As `directpred.adapters.replace.find` and `replace`.
-    """
-    found = find(model, named("predictor"), "an attribute `predictor`")
-    return replace(found, optimizer, **head_options)
 
 
 def _head_options(given: Mapping[str, Any]) -> dict[str, Any]:
