@@ -68,6 +68,9 @@ SOURCE_FILES = {
     "ssl/real-dataset/main.py": "luckmatters",
     "main_pretrain.py": "solo_learn",
     "byol/main_loop.py": "deepmind_byol",
+    "main_moco.py": "moco_v3",
+    "src/pl_bolts/models/self_supervised/byol/byol_module.py": "bolts",
+    "train_transductive.py": "bgrl",
 }
 
 
