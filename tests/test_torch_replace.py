@@ -3,6 +3,7 @@
 import copy
 import gc
 import warnings
+import weakref
 
 import numpy as np
 import pytest
@@ -67,7 +68,6 @@ class Siamese(nn.Module):
 @pytest.fixture(autouse=True)
 def silent():
     """Every warning is an error where a test does not ask for it."""
-    gc.collect()
     torch.manual_seed(0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -129,6 +129,33 @@ def test_a_name_may_be_an_attribute_or_a_path():
     model = nn.Module()
     model.predictors = nn.ModuleList([mlp(), mlp()])
     assert replace_predictor(model, name="predictors.1") is model.predictors[1]
+
+
+@pytest.mark.parametrize("name", [None, "predictor", "parts.2"])
+def test_a_predictor_with_several_names_goes_by_any_of_them(name):
+    model = Online()
+    learned = model.predictor
+    del model.predictor
+    model.parts = nn.ModuleList([model.encoder, model.projector, learned])  # this comes first
+    model.predictor = learned
+    head = replace_predictor(model, name=name)
+    assert model.predictor is model.parts[2] is head
+    assert restore(model) is learned is model.parts[2] is model.predictor
+
+
+def test_parameters_that_the_rest_of_the_model_shares_stay_in_the_optimizer():
+    model = Online()
+    model.predictor[2].weight = nn.Parameter(torch.randn(DIM, 9))
+    model.decoder = nn.Linear(9, DIM)
+    model.decoder.weight = model.predictor[2].weight
+    model.again = nn.ModuleList([model.predictor[0]])  # a whole layer of it
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    replace_predictor(model, optimizer)
+    assert held(optimizer) == set(model.parameters())
+    assert model.decoder.weight in held(optimizer)
+    assert model.again[0].weight in held(optimizer)
+    restore(model)
+    assert held(optimizer) == set(model.parameters())
 
 
 def test_a_name_inside_of_a_predictor_is_no_second_one():
@@ -262,6 +289,21 @@ def test_a_copy_in_the_target_network_is_replaced_too(frozen, sides):
     assert target.predictor is learned[1]
 
 
+def test_the_target_alone_is_refused():
+    model = Siamese()
+    with pytest.raises(ValueError, match=r"target.predictor follows online.predictor"):
+        replace_predictor(model, name="target.predictor")
+    assert not any(isinstance(m, DirectPredHead) for m in model.modules())
+    replace_predictor(model, name="online.predictor")
+    assert sum(isinstance(m, DirectPredHead) for m in model.modules()) == 2
+
+
+def test_a_frozen_predictor_beside_another_is_replaced_where_it_is_named():
+    model = nn.ModuleDict({"a": Online().requires_grad_(False), "b": Online()})
+    assert replace_predictor(model, name="a.predictor") is model["a"].predictor
+    assert not isinstance(model["b"].predictor, DirectPredHead)
+
+
 def test_names_tell_the_sides_apart_where_both_train():
     model = Online("online_predictor", target_predictor=mlp())
     head = replace_predictor(model)
@@ -293,6 +335,17 @@ def test_the_moving_average_of_a_whole_model_made_before_is_said():
         replace_predictor(model)
     replace_predictor(average)
     average.update_parameters(model)
+
+
+def test_a_model_that_is_gone_is_not_spoken_of():
+    gone = Siamese()
+    gone.itself = [gone]  # until the next collection
+    weak = weakref.ref(gone)
+    model = gone.online
+    del gone
+    assert weak() is not None
+    replace_predictor(model)
+    assert weak() is None
 
 
 def test_another_model_of_the_same_kind_is_none_of_its_business():
@@ -356,6 +409,17 @@ def scaler_steps(model, optimizers, scaler, unscale):
         scaler.update()
         changed.append(not torch.equal(before, model.projector.weight))
     return changed
+
+
+@pytest.mark.parametrize("options", [{}, {"foreach": False}, {"fused": True}], ids=str)
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.AdamW])
+def test_any_implementation_goes_on_under_a_scaler(make, options):
+    model = Online()
+    features = [*model.encoder.parameters(), *model.projector.parameters()]
+    optimizers = [make(p, lr=0.1, **options) for p in (features, model.predictor.parameters())]
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    replace_predictor(model, optimizers)
+    assert all(scaler_steps(model, optimizers, scaler, False))
 
 
 @pytest.mark.parametrize(
@@ -498,6 +562,15 @@ def test_real_wrappers_are_looked_through():
     ):
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         assert unwrapped(wrap(optimizer)) is optimizer
+
+
+def test_steps_under_a_real_lookahead_are_closed():
+    timm = pytest.importorskip("timm.optim")
+    model = Online()
+    optimizer = timm.create_optimizer_v2(model, opt="lookahead_sgd", lr=0.01)
+    head = replace_predictor(model, optimizer)
+    assert trains(model, optimizer, head, 4)
+    assert int(head.step_count) == 4
 
 
 def test_an_optimizer_that_steps_a_part_only_is_not_looked_into():

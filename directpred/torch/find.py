@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,12 +97,11 @@ def find(model: nn.Module, wanted: str | Predicate | None = None, looked_for: st
         some = [p for p in some if _is_square(p)] or some
     elif isinstance(wanted, str):
         looked_for = f"an attribute `{wanted}`"
-        some = [p for p in places if p.path == wanted] or [
-            p for p in places if p.path.endswith(f".{wanted}")
-        ]
+        exact = [p for p in places if p.path == wanted]
+        some = exact or [p for p in places if p.path.endswith(f".{wanted}")]
     else:
         some = [p for p in places if wanted(attribute(p), p.predictor)]
-    some = [p for p in some if not any(_inside(p, other) for other in some)]
+    some = _once(p for p in some if not any(_inside(p, other) for other in some))
     kind = type(model).__name__
     if not some:
         children = ", ".join(name for name, _ in model.named_children()) or "nothing"
@@ -117,25 +116,42 @@ def find(model: nn.Module, wanted: str | Predicate | None = None, looked_for: st
             f"{len(online)} predictors found in {kind}, {listed}: pass the path of the one to "
             f"replace as name={online[0].path!r}, or call once for each"
         )
-    copies = [p for p in places if _is_target(p) and is_copy(p, online[0])]
-    return Found(online[0], model, tuple(copies))
+    copies = _once(p for p in places if is_copy(p, online[0]))
+    leading = [p.path for p in copies if not _is_target(p)]
+    if _side(online[0]) in TARGET and leading:
+        raise ValueError(
+            f"{online[0].path} follows {leading[0]}: pass name={leading[0]!r}, with which it is "
+            "replaced too"
+        )
+    return Found(online[0], model, tuple(p for p in copies if _is_target(p)))
 
 
 def _places(model: nn.Module) -> list[Place]:
-    """Every submodule with all the slots that hold it."""
-    slots: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
-    paths: dict[nn.Module, str] = {}
+    """Every submodule under every name that it has, with all the slots that hold it."""
+    named: dict[nn.Module, list[tuple[nn.Module, str, str]]] = {}
     for prefix, owner in model.named_modules():
         for name, child in owner._modules.items():  # named_children() would hide a second slot
             if child is not None:
-                slots.setdefault(child, []).append((owner, name))
-                paths.setdefault(child, f"{prefix}.{name}".removeprefix("."))
-    return [Place(child, tuple(where), paths[child]) for child, where in slots.items()]
+                path = f"{prefix}.{name}".removeprefix(".")
+                named.setdefault(child, []).append((owner, name, path))
+    return [
+        Place(child, tuple((owner, name) for owner, name, _ in slots), path)
+        for child, slots in named.items()
+        for _, _, path in slots
+    ]
+
+
+def _once(places: Iterable[Place]) -> list[Place]:
+    """Each predictor by the first of its names."""
+    once: dict[int, Place] = {}
+    for place in places:
+        once.setdefault(id(place.predictor), place)
+    return list(once.values())
 
 
 def attribute(place: Place) -> str:
     """Return the name under which a predictor is held."""
-    return place.slots[0][1]
+    return place.path.rpartition(".")[2]
 
 
 def _words(path: str) -> list[str]:
@@ -143,7 +159,8 @@ def _words(path: str) -> list[str]:
 
 
 def _inside(place: Place, other: Place) -> bool:
-    return place is not other and any(m is place.predictor for m in other.predictor.modules())
+    parts = other.predictor.modules()
+    return place.predictor is not other.predictor and any(m is place.predictor for m in parts)
 
 
 def trains(place: Place) -> bool:
@@ -151,9 +168,14 @@ def trains(place: Place) -> bool:
     return any(p.requires_grad for p in place.predictor.parameters())
 
 
+def _side(place: Place) -> str | None:
+    """The first word of a path that tells on which side of a siamese model it is."""
+    return next((word for word in _words(place.path) if word in ONLINE | TARGET), None)
+
+
 def _is_target(place: Place) -> bool:
     """Tell whether a place belongs to the side of a model that follows the other."""
-    side = next((word for word in _words(place.path) if word in ONLINE | TARGET), None)
+    side = _side(place)
     return not trains(place) if side is None else side in TARGET
 
 

@@ -92,9 +92,9 @@ def replace(
     chains = [layers(each) for each in given if each is not None]
     main = _main(found, [chain[-1] for chain in chains]) if chains else None
     wrappers = _wrappers(list(found.model.modules()), [place.predictor for place in places])
-    old = [p for place in places for p in place.predictor.parameters()]
-    living = list(_in_memory(Optimizer))
-    known = {id(x): x for x in [*(x for chain in chains for x in chain), *living]}
+    old = _parameters_of_its_own(found.model, [place.predictor for place in places])
+    known = {id(x): x for chain in chains for x in chain}
+    known |= {id(x): x for x in _in_memory(Optimizer) if id(x) not in known}
     removed = [entry for each in known.values() for entry in _entries(each, old)]
     if options.get("between") == "train" and chains and not removed:
         raise ValueError(
@@ -106,7 +106,7 @@ def replace(
         head.requires_grad_(place is found.online or trains(place))
     swap = _Swap(places, heads, removed)
     _say_what_goes(found, dim)  # where warnings are errors, before anything has changed
-    _say_what_stays(found, living)
+    _say_what_stays(found)
     try:
         swap.do(wrappers)
         if main is not None:
@@ -289,12 +289,27 @@ def _say_what_goes(found: Found, width: int) -> None:
             )
 
 
-def _say_what_stays(found: Found, optimizers: list[Optimizer]) -> None:
+def _say_what_stays(found: Found) -> None:
     """Warn of a copy of the predictor elsewhere, where a moving average would miss its partner."""
-    trained = {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}
+    if _copy_elsewhere(found) is None:
+        return
+    gc.collect()  # it may have been a model that is gone
+    if (copy := _copy_elsewhere(found)) is not None:
+        warnings.warn(
+            f"outside of the model, {copy} is a copy of the predictor {found.online.path} that is "
+            "replaced: a moving average that goes through the parameters of both, or loads the one "
+            "into the other, needs it replaced too, by replace_predictor on the module that holds "
+            "it",
+            stacklevel=_outside(),
+        )
+
+
+def _copy_elsewhere(found: Found) -> str | None:
+    """The name of a module outside of a model that is built as its predictor, and follows it."""
     online = found.online.predictor
     inside = {id(m) for m in [*found.model.modules(), *online.modules()]}
-    inside |= {id(m) for place in found.copies for m in place.predictor.modules()}
+    groups = (g for o in _in_memory(Optimizer) for g in getattr(o, "param_groups", []))
+    trained = {id(p) for group in groups for p in group["params"]}
     for owner in _in_memory(nn.Module):
         for name, child in list(vars(owner).get("_modules", {}).items()):
             if child is None or id(child) in inside:
@@ -307,14 +322,8 @@ def _say_what_stays(found: Found, optimizers: list[Optimizer]) -> None:
                     and all(map(_equal, child.parameters(), online.parameters()))
                 )
             ):
-                warnings.warn(
-                    f"outside of the model, {type(owner).__name__}.{name} is a copy of the "
-                    f"predictor {found.online.path} that was replaced: a moving average that goes "
-                    "through the parameters of both, or loads the one into the other, needs it "
-                    "replaced too, by replace_predictor on the module that holds it",
-                    stacklevel=_outside(),
-                )
-                return
+                return f"{type(owner).__name__}.{name}"
+    return None
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
@@ -348,6 +357,19 @@ def _main(found: Found, optimizers: list[Optimizer]) -> Optimizer:
         f"{type(found.model).__name__} apart from those of {found.online.path}: give that of "
         "this model"
     )
+
+
+def _parameters_of_its_own(model: nn.Module, predictors: list[nn.Module]) -> list[nn.Parameter]:
+    """The parameters of predictors that are not shared with other parts of the model."""
+    others: set[nn.Module] = set()
+    waiting = [model]
+    while waiting:
+        module = waiting.pop()
+        if module not in others and all(module is not each for each in predictors):
+            others.add(module)
+            waiting += module.children()
+    shared = {id(p) for module in others for p in module.parameters(recurse=False)}
+    return [p for each in predictors for p in each.parameters() if id(p) not in shared]
 
 
 def _entries(optimizer: Any, parameters: list[nn.Parameter]) -> Iterator[_Entry]:

@@ -72,9 +72,6 @@ class Nested(nn.Module):
         return self.online(views, train)
 
 
-KINDS = [Setup, Compact, Nested]
-
-
 class TrainState(train_state.TrainState):
     batch_stats: dict
 
@@ -122,8 +119,7 @@ def head_of(batch_stats):
     return at["predictor"]["directpred"]
 
 
-@pytest.mark.parametrize("norm", [True, False])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "norm"), [(Setup, True), (Compact, True), (Nested, False)])
 def test_the_weight_is_that_of_the_features_and_the_loss_falls(kind, norm):
     model = linen.replace_predictor(kind(norm=norm), rule=dp.BoostScale(eps=0.01), rho=RHO)
     state = start(model, views_of(0))

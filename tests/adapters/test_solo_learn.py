@@ -265,7 +265,11 @@ def test_copies(solo):
     [
         ("base", "bylo", "base 'bylo'; known: byol, simsiam"),
         ("rule", "eq19", "rule 'eq19'; known: eq18, directset, directcopy, boost_scale"),
-        ("epz", 0.1, r"\['epz'\]; known with rule eq18: \['base', 'rule', 'eps', 'normalize', 'rho'"),
+        (
+            "epz",
+            0.1,
+            r"\['epz'\]; known with rule eq18: \['base', 'rule', 'eps', 'normalize', 'rho'",
+        ),
         ("alpha", 0.5, r"unknown in method_kwargs: \['alpha'\]"),
         ("eps", -1, "eps must be ≥ 0, got -1"),
         ("eps", "big", "wrong value among .*'eps': 'big'"),
