@@ -195,7 +195,8 @@ def test_one_by_one_convolutions_are_of_maps():
     options = find_options(Online(predictor=conv))
     assert options == (DIM, {"device": torch.device("cpu"), "channel_dim": 1})
     assert find_options(Online(predictor=nn.Conv1d(DIM, DIM, 1)))[1]["channel_dim"] == 1
-    assert "channel_dim" not in find_options(Online())[1]
+    assert find_options(Online())[1]["channel_dim"] == -1
+    assert find_options(Online(), channel_dim=0)[1]["channel_dim"] == 0
 
 
 def find_options(model, **given):
@@ -442,17 +443,21 @@ def test_any_implementation_goes_on_under_a_scaler(make, options):
 )
 def test_optimizers_step_without_any_parameter(make):
     model = Online()
+    main, _ = two_optimizers(model)
     optimizer = make(model.predictor.parameters(), lr=0.1)
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1)
     model(torch.randn(3, 6)).sum().backward()
     optimizer.step()
-    replace_predictor(model)
+    head = replace_predictor(model)
     for _ in range(2):
+        main.zero_grad()
         optimizer.zero_grad()
         model(torch.randn(3, 6)).sum().backward()
+        main.step()
         optimizer.step()
         schedule.step()
     optimizer.load_state_dict(optimizer.state_dict())
+    assert int(head.step_count) == 2
 
 
 def test_lbfgs_of_the_predictor_alone_is_refused_before_anything_changes():
@@ -536,7 +541,7 @@ def test_the_optimizer_that_steps_is_found_in_its_wrappers(wrap):
     assert unwrapped(optimizer) is inner
     learned = list(model.predictor.parameters())
     head = replace_predictor(model, optimizer)
-    assert head._optimizer() is inner
+    assert head._watch.closes_after() is inner
     for each in (optimizer, inner):
         assert not held(each) & set(learned)
         assert not set(each.state) & set(learned)
@@ -716,6 +721,20 @@ def test_a_checkpoint_of_the_head_is_loaded_after_the_swap():
     replace_predictor(again)
     again.load_state_dict(model.state_dict())
     assert torch.equal(again.predictor.weight, head.weight)
+
+
+@pytest.mark.parametrize("shape", [(3, DIM, 6), (2, 3, 2, 6), (7, 2, 6)], ids=str)
+def test_a_linear_predictor_of_tokens_or_time_steps_has_its_features_last(shape):
+    """(batch, tokens, dim), as wide as there are tokens too; channels last; (time, batch, dim)."""
+    model = Online()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    head = replace_predictor(model, optimizer)
+    z = model.projector(model.encoder(torch.randn(shape)))
+    head(z).square().sum().backward()
+    optimizer.step()
+    rows = z.detach().double().reshape(-1, DIM).numpy()
+    expected = oracle.weight([[rows]], 0.3, lambda s: oracle.eq18(s, 0.1))
+    assert np.abs(head.weight.numpy() - expected).max() < 1e-3
 
 
 @pytest.mark.xfail(strict=False, reason="waits for the sentence of DirectPredHead")

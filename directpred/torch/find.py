@@ -265,4 +265,5 @@ def _shape(predictor: nn.Module, where: str) -> dict[str, int]:
             f"does not: to replace it anyway pass dim={width}, and channel_dim=1 for maps "
             "(n, channels, ...)"
         )
-    return {"dim": width, "channel_dim": 1} if any(maps) else {"dim": width}
+    # The axis that the layer itself acts on: none is to be guessed from the features.
+    return {"dim": width, "channel_dim": 1 if any(maps) else -1}
