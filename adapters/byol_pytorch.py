@@ -10,9 +10,9 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from directpred.torch import DirectPredHead
-
-from .replace import find, named, replace, restore
+from directpred.torch import DirectPredHead, restore
+from directpred.torch.find import find
+from directpred.torch.replace import replace
 
 __all__ = ["replace_predictor", "restore"]
 
@@ -24,16 +24,15 @@ def replace_predictor(
 
     Args:
         model: A `byol_pytorch.BYOL`, or a `byol_pytorch.BYOLTrainer`, which has its own optimizer.
-        optimizer: As `directpred.adapters.replace.replace`.
+        optimizer: As `directpred.torch.replace_predictor`.
         **head_options: Options of `DirectPredHead`.
 
     Returns:
         The head.
 
     Raises:
-        TypeError, ValueError: As `directpred.adapters.replace.find` and `replace`.
+        TypeError, ValueError: As `directpred.torch.replace_predictor`.
     """
-    found = find(model, named("online_predictor"), "an attribute `online_predictor`")
     if optimizer is None:
         optimizer = getattr(model, "optimizer", None)
-    return replace(found, optimizer, **head_options)
+    return replace(find(model, "online_predictor"), optimizer, **head_options)

@@ -8,9 +8,9 @@ from lightly.models.modules import BYOLPredictionHead, SimSiamPredictionHead
 from torch import nn
 from torch.optim import Optimizer
 
-from directpred.torch import DirectPredHead
-
-from .replace import find, replace, restore
+from directpred.torch import DirectPredHead, restore
+from directpred.torch.find import find
+from directpred.torch.replace import replace
 
 __all__ = ["replace_predictor", "restore"]
 
@@ -20,18 +20,16 @@ def replace_predictor(
 ) -> DirectPredHead:
     """Put a `DirectPredHead` where lightly's prediction head stands, under whatever name.
 
-    In a LightningModule, give the trainer a `directpred.adapters.lightning.DirectPredCallback`.
-
     Args:
         model: Holds one `BYOLPredictionHead` or `SimSiamPredictionHead`.
-        optimizer: As `directpred.adapters.replace.replace`.
+        optimizer: As `directpred.torch.replace_predictor`.
         **head_options: Options of `DirectPredHead`.
 
     Returns:
         The head.
 
     Raises:
-        TypeError, ValueError: As `directpred.adapters.replace.find` and `replace`.
+        TypeError, ValueError: As `directpred.torch.replace_predictor`.
     """
     heads = BYOLPredictionHead, SimSiamPredictionHead
     found = find(

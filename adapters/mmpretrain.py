@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from directpred.spectrum import BoostScale, DirectCopy, DirectSet, Eq18
-from directpred.torch import DirectPredHead
-
-from .replace import find, named, replace, restore
+from directpred.torch import DirectPredHead, restore
+from directpred.torch.find import find
+from directpred.torch.replace import replace
 
 __all__ = ["DirectPredHook", "DirectPredNeck", "replace_predictor", "restore"]
 
@@ -73,14 +73,13 @@ def replace_predictor(
 
     Args:
         model: An mmpretrain BYOL or SimSiam, such as `runner.model`.
-        optimizer: As `directpred.adapters.replace.replace`, or an mmengine ``OptimWrapper``.
+        optimizer: As `directpred.torch.replace_predictor`; mmengine's ``OptimWrapper`` too.
         **head_options: Options of `DirectPredHead`.
 
     Returns:
         The head.
 
     Raises:
-        TypeError, ValueError: As `directpred.adapters.replace.find` and `replace`.
+        TypeError, ValueError: As `directpred.torch.replace_predictor`.
     """
-    found = find(model, named("predictor"), "an attribute `predictor`")
-    return replace(found, optimizer, DirectPredNeck, **head_options)
+    return replace(find(model, "predictor"), optimizer, DirectPredNeck, **head_options)

@@ -12,10 +12,10 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+import directpred.torch
 from directpred.torch import DirectPredHead
-
-from . import replace as mechanics
-from .replace import Found, replace
+from directpred.torch.find import Found, Place
+from directpred.torch.replace import replace
 
 __all__ = ["replace_predictor", "restore"]
 
@@ -37,7 +37,7 @@ def replace_predictor(
 
     Raises:
         TypeError: `model` is no such trainer.
-        ValueError: As `directpred.adapters.replace.replace`; or the trainer changes the predictor
+        ValueError: As `directpred.torch.replace_predictor`; or the trainer changes the predictor
             by itself.
     """
     parts = [getattr(model, name, None) for name in ("predictor", "online_network")]
@@ -49,7 +49,8 @@ def replace_predictor(
     if own := [name for name in OWN_WAYS if getattr(model, name, None)]:
         values = ", ".join(f"{name}={getattr(model, name)!r}" for name in own)
         raise ValueError(f"the trainer changes the predictor by itself: turn off {values}")
-    found = Found(model.predictor, ((model, "predictor"),), "predictor", model.online_network)
+    place = Place(model.predictor, ((model, "predictor"),), "predictor")
+    found = Found(place, model.online_network)
     optimizers = [optimizer, model.optimizer, getattr(model, "predictor_optimizer", None)]
     head = replace(found, [o for o in optimizers if o is not None], **head_options)
     # luckmatters looks for the linear layers of its predictor, for their width.
@@ -58,7 +59,7 @@ def replace_predictor(
 
 
 def restore(model: Any) -> nn.Module:
-    """Undo `replace_predictor`; as `directpred.adapters.replace.restore`."""
-    predictor = mechanics.restore(model)
+    """Undo `replace_predictor`; as `directpred.torch.restore`."""
+    predictor = directpred.torch.restore(model)
     del model.get_pred_linear_layers
     return predictor

@@ -3,7 +3,7 @@
 Importing this module in solo-learn's ``main_pretrain.py`` adds it to `solo.methods.METHODS`. It is
 solo-learn's own BYOL or SimSiam with a `DirectPredHead` in place of the learned predictor:
 
-    method: "directpred"
+    method: "directpred"  # or "directpred_head", in a fork that has a "directpred" of its own
     method_kwargs:
       proj_hidden_dim: 4096
       proj_output_dim: 256
@@ -19,15 +19,12 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from solo.methods import BYOL, METHODS, BaseMethod, SimSiam
-from torch import nn
-from torch.optim import Optimizer
+from solo.methods import METHODS, BaseMethod
 
 from directpred.spectrum import BoostScale, DirectCopy, DirectSet, Eq18
-from directpred.torch import DirectPredHead
+from directpred.torch import replace_predictor, restore
 
 from .lightning import DirectPredCallback
-from .replace import find, named, replace, restore
 
 __all__ = ["DirectPred", "replace_predictor", "restore"]
 
@@ -60,7 +57,7 @@ class DirectPred(BaseMethod):  # type: ignore[misc]
         cfg.method_kwargs.setdefault("pred_hidden_dim", 1)
         super().__init__(cfg)
         try:
-            replace_predictor(self, **_head_options(cfg.method_kwargs))
+            replace_predictor(self, name="predictor", **_head_options(cfg.method_kwargs))
         except TypeError as error:
             raise ValueError(f"wrong value among {cfg.method_kwargs}: {error}") from error
 
@@ -82,38 +79,17 @@ class DirectPred(BaseMethod):  # type: ignore[misc]
         return [*super().configure_callbacks(), DirectPredCallback()]
 
 
-class DirectPredBYOL(DirectPred, BYOL):  # type: ignore[misc]
-    """`DirectPred` in solo-learn's BYOL."""
+BASES = {
+    base: type(f"DirectPred{METHODS[base].__name__}", (DirectPred, METHODS[base]), {})
+    for base in ("byol", "simsiam")
+    if base in METHODS  # a fork may have dropped one
+}
+globals().update({kind.__name__: kind for kind in BASES.values()})  # where pickle looks for them
 
-
-class DirectPredSimSiam(DirectPred, SimSiam):  # type: ignore[misc]
-    """`DirectPred` in solo-learn's SimSiam."""
-
-
-BASES = {"byol": DirectPredBYOL, "simsiam": DirectPredSimSiam}
-METHODS["directpred"] = DirectPred
-
-
-def replace_predictor(
-    model: nn.Module, optimizer: Optimizer | None = None, **head_options: Any
-) -> DirectPredHead:
-    """Put a `DirectPredHead` where the ``predictor`` of a model that is built already stands.
-
-    Give the trainer a `directpred.adapters.lightning.DirectPredCallback`, which closes the steps.
-
-    Args:
-        model: A `solo.methods.BYOL` or `solo.methods.SimSiam`.
-        optimizer: As `directpred.adapters.replace.replace`; Lightning usually makes it later.
-        **head_options: Options of `DirectPredHead`.
-
-    Returns:
-        The head.
-
-    Raises:
-        TypeError, ValueError: As `directpred.adapters.replace.find` and `replace`.
-    """
-    found = find(model, named("predictor"), "an attribute `predictor`")
-    return replace(found, optimizer, **head_options)
+NAME = "directpred"
+if getattr(METHODS.get(NAME), "__module__", __name__) != __name__:
+    NAME = "directpred_head"  # a fork has a method of that name, which stays
+METHODS[NAME] = DirectPred
 
 
 def _head_options(given: Mapping[str, Any]) -> dict[str, Any]:

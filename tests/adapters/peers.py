@@ -3,6 +3,7 @@
 A `Peer` has the model, its optimizer, and one step of the codebase's own training loop.
 """
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -20,6 +21,9 @@ SOURCES = {
     "luckmatters": "DIRECTPRED_LUCKMATTERS",
     "solo_learn": "DIRECTPRED_SOLO_LEARN",
     "deepmind_byol": "DIRECTPRED_DEEPMIND_BYOL",
+    "moco_v3": "DIRECTPRED_MOCO_V3",
+    "bolts": "DIRECTPRED_BOLTS",
+    "bgrl": "DIRECTPRED_BGRL",
 }
 """The environment variable that points at a checkout of each codebase that is no package."""
 
@@ -30,6 +34,16 @@ def source(name):
     if not folder:
         pytest.skip(f"{SOURCES[name]} does not point at a checkout of {name}")
     return Path(folder)
+
+
+@contextlib.contextmanager
+def importable(folder):
+    """The modules of a checkout, for the time of an import."""
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
 
 
 def views(step, size=16, rows=ROWS):
@@ -208,13 +222,9 @@ class SimSiam(Peer):
     adapter, predictor, size = "simsiam", "predictor", 32
 
     def build(self):
-        folder = source("simsiam")
         torchvision = pytest.importorskip("torchvision")
-        sys.path.insert(0, str(folder))
-        try:
+        with importable(source("simsiam")):
             from simsiam.builder import SimSiam as Model
-        finally:
-            sys.path.remove(str(folder))
         return Model(torchvision.models.resnet18, dim=32, pred_dim=8)
 
     def make_optimizer(self):

@@ -2,6 +2,8 @@
 
 import importlib
 import logging
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -194,7 +196,7 @@ def test_the_weight_is_that_of_the_features_and_the_loss_falls(build, tmp_path):
     assert learned
     (optimizer,) = trainer.optimizers
     assert learned.isdisjoint(p for group in optimizer.param_groups for p in group["params"])
-    assert head._optimizer is None  # detached again
+    assert head._watch.closes_after() is None  # detached again
 
 
 def test_a_checkpoint_in_the_middle_continues_identically(build, tmp_path):
@@ -248,9 +250,50 @@ def test_every_head_of_the_module_is_closed(tmp_path):
     module.second = DirectPredHead(8)
 
     def also(head, args, output):
-        module.second(args[0].detach())
+        return output + 0 * module.second(args[0])  # a gradient has to reach it
 
     first.register_forward_hook(also)
     fit(module, 1, tmp_path)
     assert int(first.step_count) == int(module.second.step_count) == STEPS
     torch.testing.assert_close(first.weight, module.second.weight)
+
+
+ALONE = """
+import sys
+sys.modules["lightning"] = None  # as if it were not installed
+import pytorch_lightning as pl, torch, warnings
+from torch import nn
+from torch.utils.data import DataLoader
+from directpred.adapters.lightning import DirectPredCallback
+from directpred.torch import replace_predictor
+
+class BYOL(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.predictor = nn.Linear(6, 4), nn.Linear(4, 4)
+
+    def training_step(self, batch, index):
+        return self.predictor(self.encoder(batch)).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+model = BYOL()
+head = replace_predictor(model)
+options = dict(accelerator="cpu", logger=False, enable_checkpointing=False, max_epochs=1)
+options |= dict(enable_progress_bar=False, enable_model_summary=False, accumulate_grad_batches=2)
+trainer = pl.Trainer(callbacks=[DirectPredCallback()], **options)
+trainer.fit(model, DataLoader(torch.randn(32, 6), 8))
+print("steps", int(head.step_count))
+"""
+
+
+@pytest.mark.parametrize("missing", [True, False])
+def test_pytorch_lightning_alone_is_enough(missing, tmp_path):
+    """And its trainer takes the callback that was made of the other package's."""
+    pytest.importorskip("pytorch_lightning")
+    script = ALONE if missing else ALONE.replace('sys.modules["lightning"] = None', "pass")
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert "steps 2" in done.stdout, done.stderr[-2000:]

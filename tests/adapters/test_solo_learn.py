@@ -84,9 +84,10 @@ def build(solo, base="byol", method="directpred", **options):
 class Crops(Dataset):
     """Two views of STEPS batches of digits, the same in every epoch, as solo-learn has them."""
 
-    def __init__(self):
+    def __init__(self, small=0):
         batches = [views(step, 32) for step in range(STEPS)]
         self.crops = [torch.cat(view) for view in zip(*batches, strict=True)]
+        self.crops += [crop[:, :, :16, :16] for crop in self.crops[:small]]
 
     def __len__(self):
         return len(self.crops[0])
@@ -116,7 +117,8 @@ def fit(model, folder, callbacks=(), checkpoint=None):
         default_root_dir=folder,
         callbacks=[losses, *callbacks],
     )
-    trainer.fit(model, DataLoader(Crops(), ROWS), ckpt_path=checkpoint)
+    data = Crops(model.num_small_crops)
+    trainer.fit(model, DataLoader(data, ROWS), ckpt_path=checkpoint)
     return trainer, losses.values
 
 
@@ -126,7 +128,7 @@ bases = pytest.mark.parametrize("base", ["byol", "simsiam"])
 @bases
 def test_the_weight_is_that_of_the_features_and_the_loss_falls(solo, base, tmp_path):
     model = build(solo, base, rule="boost_scale", eps=0.02, rho=0.5)
-    assert isinstance(model, solo.BYOL if base == "byol" else solo.SimSiam)
+    assert isinstance(model, solo.METHODS[base])
     batches = record(model.predictor)
     trainer, losses = fit(model, tmp_path)
     assert int(model.predictor.step_count) == EPOCHS * STEPS == trainer.global_step
@@ -134,7 +136,7 @@ def test_the_weight_is_that_of_the_features_and_the_loss_falls(solo, base, tmp_p
     expected = oracle.weight(batches, 0.5, lambda s: oracle.boost_scale(s, 0.02, 0.5, False, 1e-4))
     np.testing.assert_allclose(model.predictor.weight, expected, atol=1e-4)
     assert np.mean(losses[-STEPS:]) < np.mean(losses[:STEPS]) - 0.05
-    assert model.predictor._optimizer is None  # detached again
+    assert model.predictor._watch.closes_after() is None  # detached again
     (optimizer,) = trainer.optimizers
     groups = {group["name"]: group["params"] for group in optimizer.param_groups}
     assert list(groups) == ["backbone", "classifier", "projector", "predictor"]
@@ -192,6 +194,36 @@ def test_accumulated_batches_are_one_step(solo, base, tmp_path):
     np.testing.assert_allclose(model.predictor.weight, expected, atol=1e-4)
 
 
+def test_small_crops_enter_too(solo, tmp_path):
+    cfg = config("byol", changes={"max_epochs": 1})
+    cfg.data.num_small_crops = 2
+    model = solo.METHODS["directpred"](cfg)
+    batches = record(model.predictor)
+    fit(model, tmp_path)
+    assert [len(batch) for batch in batches] == [4] * STEPS
+    expected = oracle.weight(batches, 0.3, lambda s: oracle.eq18(s, 0.1))
+    np.testing.assert_allclose(model.predictor.weight, expected, atol=1e-3)
+
+
+def test_a_fork_keeps_its_own_method_and_may_lack_one(solo, monkeypatch):
+    class Own:
+        """What a fork calls directpred."""
+
+    monkeypatch.setitem(solo.METHODS, "directpred", Own)
+    monkeypatch.delitem(solo.METHODS, "simsiam")
+    monkeypatch.delattr(sys.modules["solo.methods"], "SimSiam")
+    monkeypatch.delitem(sys.modules, solo.__name__)
+    again = importlib.import_module(solo.__name__)
+    try:
+        assert again.METHODS["directpred"] is Own
+        assert again.METHODS[again.NAME] is again.DirectPred
+        assert list(again.BASES) == ["byol"]
+        cfg = config("byol")
+        assert again.METHODS["directpred_head"](cfg).predictor.dim == 8
+    finally:
+        del again.METHODS[again.NAME]
+
+
 @bases
 def test_a_model_that_is_built_takes_the_head_and_gives_it_back(solo, base, tmp_path):
     model = build(solo, base, method=base, changes={"max_epochs": 1})
@@ -233,7 +265,11 @@ def test_copies(solo):
     [
         ("base", "bylo", "base 'bylo'; known: byol, simsiam"),
         ("rule", "eq19", "rule 'eq19'; known: eq18, directset, directcopy, boost_scale"),
-        ("epz", 0.1, r"\['epz'\]; known with rule eq18: \['base', 'rule', 'eps', 'rho'"),
+        (
+            "epz",
+            0.1,
+            r"\['epz'\]; known with rule eq18: \['base', 'rule', 'eps', 'normalize', 'rho'",
+        ),
         ("alpha", 0.5, r"unknown in method_kwargs: \['alpha'\]"),
         ("eps", -1, "eps must be ≥ 0, got -1"),
         ("eps", "big", "wrong value among .*'eps': 'big'"),
