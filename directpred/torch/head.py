@@ -32,6 +32,7 @@ from directpred.torch.graph import capturing, record
 from directpred.torch.owner import LONG, leaves, may_step, register, say
 from directpred.torch.precision import full_precision
 from directpred.torch.ranks import Kept, several, version
+from directpred.torch.wrappers import unwrapped
 
 MANY = 16
 """Forward passes of a step from which on they are summed in float64: rounding adds up."""
@@ -196,6 +197,9 @@ class DirectPredHead(nn.Module):
         if self.channel_dim is None:
             self._check(z)
             return self._predict(z)
+        if z.ndim == 1 and not self.training:  # one row
+            self._check(z)
+            return self._predict(z)
         if not -z.ndim <= self.channel_dim < z.ndim or z.ndim < 2:
             raise ValueError(f"expected features along axis {self.channel_dim}, got {z.shape}")
         rows = z.movedim(self.channel_dim, -1)
@@ -248,22 +252,21 @@ class DirectPredHead(nn.Module):
         """
         return diagnostics(self.weight, self.correlation, self.mean)
 
-    def attach(self, optimizer: torch.optim.Optimizer) -> None:
+    def attach(self, optimizer: Any) -> None:
         """Close a step after every `optimizer.step()`; replaces an earlier attachment.
 
-        Without it a head finds the optimizer by itself. All heads that one optimizer closes share
+        Without it a head finds the optimizer by itself. It looks through wrappers, as those of
+        accelerate, Lightning, LARC or SAM; `directpred.torch.wrappers.unwrapped` says how. All heads that one optimizer closes share
         one collective over the ranks; where the forward passes come before `optimizer.step()`, and
         not in a closure, it runs beside the optimizer's own work.
 
         Args:
-            optimizer: The optimizer of the model in front of the head.
+            optimizer: The optimizer of the model in front of the head, or a wrapper around it.
 
         Raises:
-            TypeError: Not a `torch.optim.Optimizer`.
+            TypeError: No `torch.optim.Optimizer`, and none is in it, or several.
         """
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise TypeError(f"expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
-        self._follow(optimizer)
+        self._follow(unwrapped(optimizer))
         self._watch.attached = True
         self._watch.by_hand = False
 
