@@ -53,7 +53,7 @@ def centred(batches, rho, rule):
     return (u * rule(s)) @ u.T
 
 
-@pytest.mark.parametrize(("rule", "expected"), RULES, ids=lambda x: repr(x)[:40])
+@pytest.mark.parametrize(("rule", "expected"), RULES, ids=[repr(rule) for rule, _ in RULES])
 def test_every_rule_and_solver(rng, dtype, rule, expected):
     batches = [list(1 + rng.normal(size=(2, 20, DIM))) for _ in range(3)]
     views = [[jnp.asarray(z, dtype) for z in batch] for batch in batches]

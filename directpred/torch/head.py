@@ -256,9 +256,10 @@ class DirectPredHead(nn.Module):
         """Close a step after every `optimizer.step()`; replaces an earlier attachment.
 
         Without it a head finds the optimizer by itself. It looks through wrappers, as those of
-        accelerate, Lightning, LARC or SAM; `directpred.torch.wrappers.unwrapped` says how. All heads that one optimizer closes share
-        one collective over the ranks; where the forward passes come before `optimizer.step()`, and
-        not in a closure, it runs beside the optimizer's own work.
+        accelerate, Lightning, LARC or SAM; `directpred.torch.wrappers.unwrapped` says how. All
+        heads that one optimizer closes share one collective over the ranks; where the forward
+        passes come before `optimizer.step()`, and not in a closure, it runs beside the optimizer's
+        own work.
 
         Args:
             optimizer: The optimizer of the model in front of the head, or a wrapper around it.
