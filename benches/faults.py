@@ -40,6 +40,7 @@ from PIL import Image
 
 sys.path.append(str(Path(__file__).parents[1]))  # where `benches` is, for a script
 
+from benches import loops
 from benches.report import table
 from directpred.reference_trainers import checkpoint
 from directpred.reference_trainers.cli import main as directpred
@@ -548,6 +549,8 @@ def experiments(faults: Faults, quick: bool) -> Iterator[Row]:
     for what in ("features", "loss", "weights"):
         yield faults.nans(what, some)
     yield faults.overflows(2 * some)
+    for fault, held, what in loops.rows(many):
+        yield Row(fault, held, many, what)
 
 
 def main() -> int:
@@ -573,9 +576,10 @@ def write(rows: list[Row], seconds: float) -> None:
         "# Faults",
         f"{datetime.date.today()}, `python benches/faults.py`, {seconds:.0f} s, on "
         f"{platform.system()} with {os.cpu_count()} cores, torch {torch.__version__}.",
-        "Training runs on scikit-learn's digits, and on JPEGs where workers are in play, that were "
-        "broken on purpose. *The same* is bit for bit: metrics.csv, weights and optimizer of the "
-        "run that nothing befell. A fault counts as held where all that the last column says did.",
+        "Training runs on scikit-learn's digits, on JPEGs where workers are in play, and small loops "
+        "around a head (benches/loops.py), that were broken on purpose. *The same* is bit for bit: "
+        "metrics.csv, weights and optimizer of the run that nothing befell. A fault counts as held "
+        "where all that the last column says did.",
         table(["fault", "held", "what has to hold"], cells, left=3),
     ]
     RESULTS.write_text("\n\n".join(text) + "\n", encoding="utf-8")

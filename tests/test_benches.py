@@ -182,3 +182,15 @@ def test_the_bare_operations_are_those_of_a_step() -> None:
     with Counting() as counting:
         bare.update(torch, torch.randn(16, 8))
     assert counting.calls.count("mm") == 2
+
+
+def test_loops_with_something_odd_hold_and_would_not_without_the_head_s_care() -> None:
+    torch = pytest.importorskip("torch")
+    from benches import loops
+
+    assert [held for _, held, _ in loops.rows(2)] == [2] * 10
+    loop = loops.Loop(0, loops.sgd)
+    loop.micro_batches()
+    loop.head.gather(torch.full((4, loops.DIM), 9.0))  # rows that no gradient has reached
+    loop.step()
+    assert not loop.holds()
