@@ -576,8 +576,8 @@ def write(rows: list[Row], seconds: float) -> None:
         "# Faults",
         f"{datetime.date.today()}, `python benches/faults.py`, {seconds:.0f} s, on "
         f"{platform.system()} with {os.cpu_count()} cores, torch {torch.__version__}.",
-        "Training runs on scikit-learn's digits, on JPEGs where workers are in play, and small loops "
-        "around a head (benches/loops.py), that were broken on purpose. *The same* is bit for bit: "
+        "Training runs on scikit-learn's digits, on JPEGs where workers are in play, and small "
+        "loops around a head (benches/loops.py), broken on purpose. *The same* is bit for bit: "
         "metrics.csv, weights and optimizer of the run that nothing befell. A fault counts as held "
         "where all that the last column says did.",
         table(["fault", "held", "what has to hold"], cells, left=3),
