@@ -49,7 +49,8 @@ def iso_loss(z: Array, prediction: Array, target: Array, euclidean: bool = False
 
     Args:
         z: Features that entered the predictor, (n, dim), floating.
-        prediction: The predictor's output for z, (n, dim); no gradient flows into it.
+        prediction: The predictor's output for z, (n, dim); a gradient of zero flows into it, so
+            that a `DirectPredHead` counts its rows.
         target: (n, dim), of the same library and dtype.
         euclidean: As for `regression_loss`.
 
@@ -62,5 +63,8 @@ def iso_loss(z: Array, prediction: Array, target: Array, euclidean: bool = False
     if not (is_torch(z) or is_jax_array(z)):
         raise TypeError(f"iso_loss needs arrays of PyTorch or JAX, got {type(z).__name__}")
     z = at_least_float32(z)
-    past = detached(at_least_float32(prediction)) + (z - detached(z))
+    prediction = at_least_float32(prediction)
+    past = detached(prediction) + (z - detached(z))
+    if is_torch(z):  # a gradient of zero, by which a head knows that its rows belong to the step
+        past = past + (prediction - prediction)
     return regression_loss(past, target, euclidean)

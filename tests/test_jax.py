@@ -287,7 +287,7 @@ def test_the_state_goes_to_directpred_and_the_torch_head_and_back(rng):
     same_state(dpj.load_state_dict(dpj.init(DIM), head.state_dict()), state)
     z = rng.normal(size=(9, DIM)).astype("float32")
     _, weight = dpj.update(state, z)
-    head(torch.from_numpy(z))
+    head.gather(torch.from_numpy(z))
     head.step()
     np.testing.assert_allclose(weight, predictor.update(z), atol=5e-6)
     np.testing.assert_allclose(weight, head.weight, atol=5e-6)

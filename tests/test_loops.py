@@ -322,6 +322,18 @@ class TwoSteps(torch.optim.Optimizer):
         raise NotImplementedError
 
 
+class Apart:
+    """An optimizer whose base is kept elsewhere, where nothing can look for it."""
+
+    def __init__(self, outer):
+        self.outer, self.base = outer, outer.base
+        del outer.base
+
+    def second_step(self):
+        self.base.step()
+        self.outer.zero_grad()
+
+
 class Outer:
     """A wrapper that is no optimizer, as of LARC or accelerate."""
 
@@ -575,6 +587,11 @@ def test_attached_to_an_optimizer_whose_step_never_runs():
         loop.optimizer.second_step()
         loop.closed()
 
+    assert not said(loop, step)  # it is looked through
+    loop.check(60)
+
+    loop = Loop(lambda p: Apart(TwoSteps(p)))
+    loop.head.attach(loop.optimizer.outer)
     (message,) = said(loop, step)
     assert "(TwoSteps) whose step() has not run, while another (SGD)" in message
     loop.check(60)

@@ -541,7 +541,7 @@ def test_the_optimizer_that_steps_is_found_in_its_wrappers(wrap):
     assert unwrapped(optimizer) is inner
     learned = list(model.predictor.parameters())
     head = replace_predictor(model, optimizer)
-    assert head._watch.closes_after() is inner
+    assert head._watch.followed() is inner
     for each in (optimizer, inner):
         assert not held(each) & set(learned)
         assert not set(each.state) & set(learned)

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Variable
+from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from directpred.correlation import Moments, cast
@@ -20,7 +22,6 @@ from directpred.torch.ranks import several, sum_over_ranks
 
 if TYPE_CHECKING:
     from directpred.torch.head import DirectPredHead
-    from directpred.torch.owner import Leaves
 
 
 def step(model: nn.Module) -> None:
@@ -46,7 +47,7 @@ def step(model: nn.Module) -> None:
 def close_by_hand(heads: Sequence[DirectPredHead]) -> None:
     """Close the step of heads in a loop that calls for it, which they then leave it to."""
     for head in heads:
-        head._watch.by_hand = True
+        head._watch.by_hand |= head._watch.gathered is not None
     Pending(heads).close()
 
 
@@ -55,52 +56,52 @@ class Watch:
 
     Attributes:
         gathered: Moments of the rows that belong to the step so far.
-        passes: How many forward passes these came from.
-        optimizer: The optimizer after whose steps the head closes its own.
+        passes: How many forward passes of this head they came from.
+        node: The last node of the graph in front of the head that these saw; or a leaf.
+        backwards: How many backward passes.
+        task: The number that autograd gave the last of them.
+        stepped: Whether an optimizer has stepped that is not known to be the one.
+        foreign: Steps of the one in front of the head, while it follows another.
+        optimizer: The optimizer that the head follows: it closes its steps after those.
         attached: Whether the user has said so.
+        ran: Whether that optimizer has stepped since.
         by_hand: Whether the user closes the steps.
-        alone: Whether nothing else closes the steps, as far as is known.
-        leaves: The parameters in front of the head.
-        waiting: Forward passes since the last step that found rows of an earlier backward pass.
-        strange: Steps of the optimizer in front of the head while it waits for another.
+        found: What `owner.search` has found, while the head follows none.
+        looks: How often that was to be known.
         idle: Steps of its optimizer in a row that found no rows.
         closed: Steps closed, as the host counts them, and the version of the buffer that says so;
             None once a graph of the user's, or compiled code, may count too.
         said: What the head has warned of.
-        lock: For forward passes in several threads.
+        lock: For backward passes in several threads.
     """
 
-    def __init__(self) -> None:
-        self.gathered: Moments | None = None
-        self.optimizer: weakref.ref[torch.optim.Optimizer] | None = None
-        self.attached = False
-        self.by_hand = False
-        self.alone = False
-        self.leaves: Leaves | None = None
-        self.waiting = self.strange = self.idle = 0
+    def __init__(self, gathered: Moments | None = None, by_hand: bool = False) -> None:
+        self.gathered = gathered
+        self.node: Any = None
+        self.passes = self.backwards = self.foreign = 0
+        self.stepped = False
+        self.optimizer: weakref.ref[Optimizer] | None = None
+        self.attached = self.ran = False
+        self.by_hand = by_hand
+        self.found = ""
+        self.looks = self.idle = self.task = 0
         self.closed: tuple[int, object] | None = (0, None)
         self.said: set[str] = set()
-        self.passes = 0
         self.lock = threading.Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """For copies and pickles: an optimizer's hooks belong to the original."""
-        return _watch_of_a_copy, (self.gathered, self.by_hand)
+        """For copies and pickles: the optimizer belongs to the original."""
+        return Watch, (self.gathered, self.by_hand)
 
     def drop(self) -> None:
         """Forget the rows of the step."""
-        self.gathered = None
-        self.passes = self.waiting = self.strange = 0
+        self.gathered = self.node = None
+        self.passes = self.backwards = self.foreign = 0
+        self.stepped = False
 
-    def closes_after(self) -> torch.optim.Optimizer | None:
-        """Return the optimizer that the head waits for, if it is still there."""
+    def followed(self) -> Optimizer | None:
+        """Return the optimizer that the head follows, if it is still there."""
         return self.optimizer() if self.optimizer is not None else None
-
-
-def _watch_of_a_copy(gathered: Moments | None, by_hand: bool) -> Watch:
-    watch = Watch()
-    watch.gathered, watch.by_hand = gathered, by_hand
-    return watch
 
 
 class Pending:
@@ -112,8 +113,11 @@ class Pending:
 
     def __init__(self, heads: Sequence[DirectPredHead]) -> None:
         self._heads = heads
-        gathered = ((head._watch.gathered, head.mean.dtype) for head in heads)
-        self._batches = [batch and cast(batch, dtype) for batch, dtype in gathered]
+        self._seen = [head._watch.gathered for head in heads]
+        self._batches = [
+            batch and cast(batch, head.mean.dtype)
+            for batch, head in zip(self._seen, heads, strict=True)
+        ]
         self._apart = [i for i, head in enumerate(heads) if several(head.process_group)]
         if self._apart:
             with torch.no_grad():
@@ -121,6 +125,11 @@ class Pending:
                     [self._batches[i] or heads[i]._nothing() for i in self._apart],
                     [heads[i].process_group for i in self._apart],
                 )
+
+    def holds(self) -> bool:
+        """Tell whether no rows have come since."""
+        now = (head._watch.gathered for head in self._heads)
+        return all(a is b for a, b in zip(now, self._seen, strict=True))
 
     def close(self, skipped: Tensor | None = None) -> None:
         """Wait for the sums and close the step of all heads; one that raises does not stop others.
@@ -143,7 +152,7 @@ class Pending:
 
 
 class Attached:
-    """The hooks of one optimizer that close the step of the heads attached to it."""
+    """The hooks of one optimizer that close the step of the heads that follow it."""
 
     def __init__(self) -> None:
         # In the order of attachment, which with several ranks is that of collectives.
@@ -152,7 +161,7 @@ class Attached:
         self.stepping = False
         self.handles: list[RemovableHandle] = []
 
-    def add(self, head: DirectPredHead, optimizer: torch.optim.Optimizer) -> None:
+    def add(self, head: DirectPredHead, optimizer: Optimizer) -> None:
         """Close the steps of a head too."""
         self.heads[head] = None
         if not self.handles:
@@ -169,25 +178,58 @@ class Attached:
                 handle.remove()
             self.handles = []
 
-    def _before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self.stepping = True
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-        # A closure's forward passes are still to come. What a failed step has left is replaced.
-        self.pending = Pending([*self.heads]) if closure is None else None
+        # The passes of a closure are still to come, and a backward pass goes on. What a step that
+        # failed has left is replaced.
+        begin = closure is None and not in_backward()
+        self.pending = Pending([*self.heads]) if begin else None
 
-    def _after(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        pending, self.pending = self.pending or Pending([*self.heads]), None
-        self.stepping = False
-        for head in self.heads:
-            head._notice_idle()
-        pending.close(skipped_by(optimizer))
-
-
-def skipped_by(optimizer: torch.optim.Optimizer) -> Tensor | None:
-    """Return whether a gradient scaler has skipped a step, 0-d bool, of optimizers that do it."""
-    found_inf = getattr(optimizer, "found_inf", None)  # set by the scaler where they are fused
-    return None if found_inf is None else found_inf.any()
+    def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        pending, self.pending, self.stepping = self.pending, None, False
+        heads = [*self.heads]
+        idle = [head for head in heads if head._watch.gathered is None]
+        close_after(optimizer, heads, pending)
+        for head in heads:
+            head._watch.ran = True
+            head._notice_idle(head in idle)
 
 
-attached: weakref.WeakKeyDictionary[torch.optim.Optimizer, Attached] = weakref.WeakKeyDictionary()
-"""The hooks of each optimizer that heads are attached to."""
+def close_after(
+    optimizer: Optimizer, heads: Sequence[DirectPredHead], pending: Pending | None = None
+) -> None:
+    """Close the step of heads after an optimizer's.
+
+    Args:
+        optimizer: It has stepped.
+        heads: The heads.
+        pending: Their statistics, if they are on the way. An optimizer may have run passes of its
+            own since, whose rows are then summed too.
+    """
+    # Set by a gradient scaler on optimizers that leave out a step themselves (fused).
+    found_inf = getattr(optimizer, "found_inf", None)
+    skipped = None if found_inf is None else found_inf.any()
+
+    def close() -> None:
+        whole = pending if pending is not None and pending.holds() else Pending(heads)
+        whole.close(skipped)
+
+    after_backward(close)
+
+
+def after_backward(run: Callable[[], Any]) -> None:
+    """Run a function once the backward pass is over, if this is within one that gets there."""
+    if in_backward():
+        Variable._execution_engine.queue_callback(run)
+    else:
+        run()
+
+
+def in_backward() -> bool:
+    """Tell whether this runs within a backward pass, as `torch.utils.checkpoint` tells it."""
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
+attached: weakref.WeakKeyDictionary[Optimizer, Attached] = weakref.WeakKeyDictionary()
+"""The hooks of each optimizer that heads follow."""

@@ -16,6 +16,8 @@ import array_api_compat.torch  # noqa: F401 - which dynamo expects to be there
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd import Variable
+from torch.utils.hooks import unserializable_hook
 
 from directpred.array import assign, on_host, widest
 from directpred.correlation import Moments, cast, is_finite, merge_finite, moments
@@ -27,9 +29,16 @@ from directpred.recorded import Recorder, written
 from directpred.solvers import SolverName
 from directpred.spectrum import Eq18, Rule
 from directpred.state import VERSION, State, from_dict, initial_state, moved, to_numpy
-from directpred.torch.closing import Attached, Pending, Watch, attached, close_by_hand
+from directpred.torch.closing import (
+    Attached,
+    Pending,
+    Watch,
+    attached,
+    close_by_hand,
+    in_backward,
+)
 from directpred.torch.graph import capturing, record
-from directpred.torch.owner import LONG, leaves, may_step, register, say
+from directpred.torch.owner import LONG, Leaves, leaves, register, say, search
 from directpred.torch.precision import full_precision
 from directpred.torch.ranks import Kept, several, version
 from directpred.torch.wrappers import unwrapped
@@ -274,9 +283,9 @@ class DirectPredHead(nn.Module):
     def detach(self) -> None:
         """Undo `attach`; without effect where there is no attachment."""
         watch = self._watch
-        if (optimizer := watch.closes_after()) is not None:
+        if (optimizer := watch.followed()) is not None:
             attached[optimizer].remove(self)
-        watch.optimizer, watch.attached = None, False
+        watch.optimizer, watch.attached, watch.ran = None, False, False
 
     def extra_repr(self) -> str:
         """The options, for `repr`."""
@@ -300,82 +309,89 @@ class DirectPredHead(nn.Module):
         prediction: Tensor
         if z.is_meta:
             return z @ weight.to(z.dtype)
-        if not self.training or not z.numel():
+        if not self.training or torch.compiler.is_exporting() or not z.numel():
             prediction = predict(z, weight)
             return prediction
-        if torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(z):
-            prediction = predict(z, weight)
-            self._gather_at_once(z)
-            return prediction
-        watch = self._watch
-        if watch.gathered is not None and not _in_backward():
+        compiling = torch.compiler.is_compiling()
+        hidden = compiling or torch._C._functorch.is_functorch_wrapped_tensor(z)
+        if not compiling and self._watch.gathered is not None and not in_backward():
             self._settle(z)
         prediction = predict(z, weight)
-        if prediction.requires_grad:
+        if hidden or prediction.requires_grad:
             with torch.no_grad():
-                batch = self._moments(z.detach())
-            prediction.register_hook(_Rows(self, batch))
-            if watch.leaves is None:
-                watch.leaves = leaves(z, weight)
+                batch = self._moments(z.detach() if compiling else _without_transforms(z).detach())
+            if hidden:  # from hooks
+                self._enter(batch)
+            else:
+                node = z.grad_fn if z.grad_fn is not None else z
+                prediction.register_hook(_Rows(self, batch, node))
         return prediction
 
     def _settle(self, z: Tensor) -> None:
         """Decide what becomes of rows that are there at the next forward pass, of z."""
         watch = self._watch
-        watch.waiting += 1
         if watch.by_hand:
             return
-        look = watch.waiting & (watch.waiting - 1) == 0  # ever more seldom: it takes time
-        if watch.closes_after() is None:
-            if look:
-                watch.leaves = watch.leaves or leaves(z, self.weight)
-                watch.alone = not may_step(watch.leaves)
-            if watch.alone:
-                say(
-                    self,
+        if watch.followed() is None:
+            watch.looks += 1
+            if watch.looks & (watch.looks - 1) == 0:  # ever more seldom, since it takes time
+                start = watch.node if watch.node is not None else z.grad_fn
+                watch.found = search(None if start is None else leaves(start, self.weight))
+            if watch.found == "none":
+                self._say(
+                    "alone",
                     "closes a step at every forward pass after a backward pass, since no "
                     "torch.optim.Optimizer holds the parameters in front of it. Call head.step() "
                     "after every update, or head.attach(optimizer)",
                 )
                 Pending([self]).close()
                 return
-        if look:
-            watch.leaves = None  # they may have changed
-        if watch.waiting == LONG and not watch.strange:
-            say(
-                self,
+            if watch.found == "others" and watch.stepped:
+                self._say(
+                    "others",
+                    "does not know which optimizer steps the parameters in front of it, and closes "
+                    "a step at the first forward pass after the step of any. Call "
+                    "head.attach(optimizer)",
+                )
+                Pending([self]).close()
+                return
+        if watch.backwards >= LONG and not watch.foreign:
+            self._say(
+                "long",
                 f"has seen {LONG} backward passes and no step of its optimizer. If that is more "
                 "than you accumulate, call head.attach(optimizer) with the optimizer whose step() "
                 "runs, or head.step() after every update",
             )
+            watch.found = watch.found if watch.found == "owner" else "none"
 
-    def _notice_idle(self) -> None:
+    def _notice_idle(self, idle: bool) -> None:
         """Count a step of the optimizer that found no rows; say so where they are many."""
         watch = self._watch
-        watch.idle = 0 if watch.gathered is not None else watch.idle + 1
+        watch.idle = watch.idle + 1 if idle else 0
         if watch.idle == LONG and not (self.training and several(self.process_group)):
             cause = (
                 "no gradient reaches what it returns in training mode"
                 if self.training
                 else "it is in evaluation mode: call model.train()"
             )
-            say(self, f"has gathered nothing in {LONG} steps of its optimizer: {cause}")
+            self._say("idle", f"has gathered nothing in {LONG} steps of its optimizer: {cause}")
+
+    def _say(self, key: str, what: str) -> None:
+        """Warn of something, once."""
+        if key not in self._watch.said:
+            self._watch.said.add(key)
+            say(self, what)
 
     def _follow(self, optimizer: torch.optim.Optimizer) -> None:
+        """Close a step after every step of an optimizer."""
         self.detach()
         attached.setdefault(optimizer, Attached()).add(self, optimizer)
         self._watch.optimizer = weakref.ref(optimizer)
 
-    def _gather_at_once(self, z: Tensor) -> None:
-        watch = self._watch
-        if not torch.compiler.is_compiling():
-            while torch._C._functorch.is_functorch_wrapped_tensor(z):
-                z = torch._C._functorch.get_unwrapped(z)
-        with torch.no_grad():
-            batch = self._moments(z.detach())
-            watch.gathered = (
-                batch if watch.gathered is None else merge_finite(watch.gathered, batch)
-            )
+    def _reached(self) -> Leaves | None:
+        """The leaves that the last gradient reached, where autograd has shown them."""
+        node = self._watch.node
+        return None if node is None else leaves(node, self.weight)
 
     def _moments(self, z: Tensor) -> Moments:
         with full_precision(z.device):
@@ -387,11 +403,16 @@ class DirectPredHead(nn.Module):
             raise ValueError(describe_nonfinite(z))
         return gathered
 
-    def _enter(self, batch: Moments) -> None:
+    def _enter(self, batch: Moments, node: Any = None) -> None:
         """Let rows belong to the step."""
         watch = self._watch
+        if torch.compiler.is_compiling():
+            before, watch.passes = watch.gathered, 1
+            watch.gathered = batch if before is None else merge_finite(before, batch)
+            return
         with watch.lock:
             watch.passes += 1
+            watch.node = node
             if watch.gathered is None:
                 watch.gathered = batch
                 return
@@ -408,6 +429,7 @@ class DirectPredHead(nn.Module):
         watch = self._watch
         watch.drop()
         self._restore()
+        self._kept.keeps = True
         state = self._state()
         if self.between == "train" and hasattr(state.weight, "full_tensor"):  # a DTensor
             raise TypeError(
@@ -477,7 +499,7 @@ class DirectPredHead(nn.Module):
         """Remember that the state is as this head wrote it."""
         if self._watch.closed is not None and self.options.freq > 1:
             self._watch.closed = closings, version(self.closings)
-        if self.process_group is not None:
+        if self.process_group is not None and self._kept.keeps:
             self._kept.keep(self._own())
 
     def _own(self) -> list[Tensor]:
@@ -491,7 +513,6 @@ class DirectPredHead(nn.Module):
             for name, value in gathered._asdict().items():
                 picture = getattr(self, f"accumulated_{name}")
                 picture.copy_(value) if isinstance(value, Tensor) else picture.fill_(value)
-        self._restore()
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _restore(self) -> None:
@@ -587,6 +608,11 @@ class DirectPredHead(nn.Module):
         copied.__setstate__(copy.deepcopy(self.__dict__, memo))
         return copied
 
+    def __copy__(self) -> DirectPredHead:
+        copied = type(self).__new__(type(self))
+        copied.__setstate__({**self.__dict__, "_watch": Watch()})
+        return copied
+
     def __getstate__(self) -> dict[str, Any]:
         if self.process_group is not None:
             raise TypeError(
@@ -595,21 +621,41 @@ class DirectPredHead(nn.Module):
         return self.__dict__
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        made_since: dict[str, Any] = {"_watch": Watch(), "_kept": Kept(), "channel_dim": None}
+        super().__setstate__(made_since | state)  # type: ignore[no-untyped-call]
         register(self)
 
 
+@unserializable_hook
 class _Rows:
-    """The hook of a prediction: once a gradient reaches it, its rows belong to the step."""
+    """The hook of a prediction: once a gradient has reached it, its rows belong to the step.
 
-    def __init__(self, head: DirectPredHead, batch: Moments) -> None:
+    They do when the backward pass is over: one that fails leaves nothing behind.
+    """
+
+    def __init__(self, head: DirectPredHead, batch: Moments, node: Any) -> None:
         self._head = head
+        self._node = node  # in front of the head: that of the prediction holds this hook
         self._batch: Moments | None = batch
 
     def __call__(self, grad: Tensor) -> None:
+        Variable._execution_engine.queue_callback(self._enter)
+        watch, task = self._head._watch, torch._C._current_graph_task_id()
+        watch.backwards += task != watch.task
+        watch.task = task
+
+    def _enter(self) -> None:
         batch, self._batch = self._batch, None  # a graph may be used twice
+        node, self._node = self._node, None
         if batch is not None:
-            self._head._enter(batch)
+            self._head._enter(batch, node)
+
+
+def _without_transforms(z: Tensor) -> Tensor:
+    """The tensor that transforms of `torch.func` have wrapped, with all rows of a vmap."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(z):
+        z = torch._C._functorch.get_unwrapped(z)
+    return z
 
 
 def _initial_buffers(dim: int) -> dict[str, Tensor]:
@@ -634,10 +680,6 @@ def _traced(head: DirectPredHead, z: Any) -> Any:
     """Stand in a traced graph as a module that is called, as the modules of `torch.nn` do."""
     place = z.tracer.path_of_module(head)
     if not place:  # it is what is traced
-        return z @ head.weight
+        axis = -1 if head.channel_dim is None else head.channel_dim
+        return (z.movedim(axis, -1) @ head.weight).movedim(-1, axis)
     return z.tracer.create_proxy("call_module", place, (z,), {})
-
-
-def _in_backward() -> bool:
-    """Tell whether this runs within a backward pass, as `torch.utils.checkpoint` tells it."""
-    return bool(torch._C._current_graph_task_id() != -1)

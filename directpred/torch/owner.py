@@ -1,7 +1,8 @@
 """Which optimizer's step ends that of a head attached to none, and a word when none does.
 
 A gradient that reaches a head goes on to the parameters in front of it. The optimizer that steps
-these is the one: PyTorch calls a hook after the step of any optimizer.
+these is the one: PyTorch calls a hook after the step of any optimizer. The head then follows it as
+if it had been attached, until another one steps them.
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ import gc
 import warnings
 import weakref
 from collections import Counter
-from typing import TYPE_CHECKING, Any, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
-from directpred.torch.closing import Pending, attached, skipped_by
+from directpred.torch.closing import after_backward, attached, close_after
 
 if TYPE_CHECKING:
     from directpred.torch.head import DirectPredHead
@@ -24,24 +26,26 @@ if TYPE_CHECKING:
 heads: weakref.WeakKeyDictionary[DirectPredHead, None] = weakref.WeakKeyDictionary()
 """All heads, in the order in which they were made: with several ranks it is that of collectives."""
 
-STRANGE = 3
-"""Steps of the optimizer in front of a head, while it waits for another, before it says so."""
+FEW = 3
+"""Steps of the optimizer in front of a head, while it waits for another, that are no accident."""
 
 LONG = 50
 """Backward passes without a step, or steps without a backward pass, before a head says so."""
 
 
 class Leaves(NamedTuple):
-    """The parameters that a gradient reached.
+    """The tensors that a gradient ends at.
 
     Attributes:
         ids: The `id` of each.
+        parameters: Of those that are an `nn.Parameter`.
         shapes: How many there are of each shape.
         narrow: Whether one is in half precision, of which an optimizer may hold copies in float32.
-        opaque: Whether there may be more, behind a function that autograd does not look into.
+        opaque: Whether no parameter is among them, but a function behind which there may be some.
     """
 
     ids: frozenset[int]
+    parameters: frozenset[int]
     shapes: Counter[tuple[int, ...]]
     narrow: bool
     opaque: bool
@@ -49,16 +53,20 @@ class Leaves(NamedTuple):
 
 def register(head: DirectPredHead) -> None:
     """Let a head see the steps of all optimizers."""
-    if not heads:
-        _watch_optimizers()
+    global _watching
+    if not _watching:
+        register_optimizer_step_post_hook(_after_step)
+        _watching = True
     heads[head] = None
 
 
-def leaves(*outputs: Tensor) -> Leaves:
-    """Find the parameters that the gradient of tensors reaches."""
-    found = {id(x): x for x in outputs if x.requires_grad and x.is_leaf}
-    opaque = False
-    seen, stack = set(), [x.grad_fn for x in outputs]
+_watching = False
+
+
+def leaves(*starts: Any) -> Leaves:
+    """Find the leaves of the graph behind nodes of it, or tensors that are leaves themselves."""
+    found = {id(x): x for x in starts if isinstance(x, Tensor) and x.requires_grad}
+    seen, stack, opaque = set(), [x for x in starts if not isinstance(x, Tensor)], False
     while stack:
         node = stack.pop()
         if node is None or node in seen:
@@ -70,94 +78,123 @@ def leaves(*outputs: Tensor) -> Leaves:
                 found[id(each)] = each
         opaque |= isinstance(node, torch.autograd.function.BackwardCFunction)
         stack += [parent for parent, _ in node.next_functions]
-    shapes = Counter(tuple(leaf.shape) for leaf in found.values())
-    narrow = any(leaf.dtype.itemsize < 4 for leaf in found.values())
-    return Leaves(frozenset(found), shapes, narrow, opaque)
+    parameters = frozenset(key for key, x in found.items() if isinstance(x, nn.Parameter))
+    shapes = Counter(tuple(x.shape) for x in found.values())
+    narrow = any(x.dtype.itemsize < 4 for x in found.values())
+    return Leaves(frozenset(found), parameters, shapes, narrow, opaque and not parameters)
 
 
-def owns(optimizer: Optimizer, reached: Leaves) -> bool:
-    """Tell whether an optimizer steps the parameters reached, or other copies of them.
+def steps(optimizer: Optimizer, reached: Leaves) -> bool:
+    """Tell whether an optimizer steps the leaves that a gradient reached.
 
-    Those are the copies in float32 of parameters in half precision, or the shards of FSDP 2.
+    One that holds a part of them does if no other holds them all. One that holds other copies does
+    if none holds themselves: copies in float32 of half precision, or the shards of FSDP 2.
     """
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    if any(id(p) in reached.ids for p in parameters):
-        return True
-    copies = [tuple(p.shape) for p in parameters if reached.narrow or hasattr(p, "full_tensor")]
-    return bool(copies) and reached.shapes <= Counter(copies)
+    mine = _parameters(optimizer)
+    if mine.keys() & reached.ids:
+        whole = reached.parameters
+        return whole <= mine.keys() or not any(whole <= _parameters(x).keys() for x in _living())
+    copies = Counter(
+        tuple(p.shape)
+        for p in mine.values()
+        if hasattr(p, "full_tensor") or (reached.narrow and p.dtype.itemsize >= 4)
+    )
+    if copies and reached.shapes <= copies:
+        return not any(_parameters(x).keys() & reached.ids for x in _living())
+    return reached.opaque and any(p.grad is not None for p in mine.values())
 
 
-def may_step(reached: Leaves) -> bool:
-    """Tell whether there is an optimizer whose step the parameters reached may be waiting for."""
-    optimizers = [x for x in gc.get_objects() if issubclass(type(x), Optimizer)]
-    return any(owns(x, reached) or (reached.opaque and _has_gradients(x)) for x in optimizers)
+def search(reached: Leaves | None) -> Literal["owner", "others", "none"]:
+    """Look for an optimizer that steps the leaves reached, among all in memory."""
+    if reached is not None and any(steps(x, reached) for x in _living()):
+        return "owner"
+    if _living():
+        gc.collect()  # it may be of a loop that is over
+    return "others" if _living() else "none"
 
 
-def _has_gradients(optimizer: Optimizer) -> bool:
-    return any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
+def _living() -> list[Optimizer]:
+    return [x for x in gc.get_objects() if issubclass(type(x), Optimizer)]
 
 
-def _watch_optimizers() -> None:
-    global _watching
-    if not _watching:
-        register_optimizer_step_post_hook(_after_step)
-        _watching = True
-
-
-_watching = False
+def _parameters(optimizer: Optimizer) -> dict[int, Tensor]:
+    groups = getattr(optimizer, "param_groups", ())  # not all call `Optimizer.__init__`
+    return {id(p): p for group in groups for p in group["params"]}
 
 
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    """Close the step of the heads that waited for this optimizer, and attach them to it."""
-    closed = [head for head in list(heads) if _waits_for(head, optimizer)]
-    if not closed:
-        return
-    Pending(closed).close(skipped_by(optimizer))
-    for head in closed:
-        head._follow(optimizer)
+    """Close the step of the heads that wait for this optimizer, and let them follow it."""
+    ended = [head for head in list(heads) if _ends(optimizer, head)]
+    if ended:
+        close_after(optimizer, ended)
+        for head in ended:
+            after_backward(partial(head._follow, optimizer))
 
 
-def _waits_for(head: DirectPredHead, optimizer: Optimizer) -> bool:
+def _ends(optimizer: Optimizer, head: DirectPredHead) -> bool:
+    """Tell whether the step of an optimizer ends that of a head that does not follow it."""
     watch = head._watch
-    if watch.gathered is None or watch.by_hand:
+    followed = watch.followed()
+    if watch.gathered is None or not watch.passes or followed is optimizer:
         return False
-    named = watch.closes_after()
-    if named is optimizer or (named is not None and attached[named].stepping):
-        return False  # its own hooks close the step
-    reached = watch.leaves
-    if named is None or not watch.attached:
-        unseen = reached is None  # by code that is compiled
-        hidden = reached and reached.opaque and _has_gradients(optimizer)
-        return bool(unseen or hidden or (reached and owns(optimizer, reached)))
-    if reached is None or not owns(optimizer, reached):
+    reached = head._reached()
+    if reached is None:
+        return followed is None and not watch.by_hand and _is_the_only_one(head)
+    watch.foreign += bool(_parameters(optimizer).keys() & reached.ids)
+    if not steps(optimizer, reached) and watch.foreign < FEW:
+        watch.stepped = True
         return False
-    theirs = f"({type(named).__name__}) whose step() has not run, while another"
-    if _parameters(named) == _parameters(optimizer):
-        say(
-            head,
+    if watch.by_hand:
+        if watch.foreign < LONG:
+            return False
+        watch.by_hand = False
+        head._say(
+            "by hand",
+            f"was closed by head.step() before, but not in the last {LONG} steps of the optimizer "
+            "in front of it, after which it closes its steps from now on",
+        )
+        return True
+    if followed is None:
+        return True
+    # A step of the one followed, around this one, closes that of the head by itself.
+    if attached[followed].stepping and watch.foreign < FEW:
+        return False
+    if not watch.attached:
+        return True
+    theirs = f"({type(followed).__name__}) whose step() has not run, while another"
+    if _parameters(followed).keys() == _parameters(optimizer).keys():
+        if watch.ran and watch.foreign < FEW:
+            return False
+        head._say(
+            "twin",
             f"was attached to an optimizer {theirs} ({type(optimizer).__name__}) with the same "
             "parameters has stepped: it closes its steps after that one. head.attach(optimizer) "
             "with the optimizer whose step() runs says so",
         )
         return True
-    watch.strange += 1
-    if watch.strange == STRANGE:
-        say(
-            head,
+    if watch.foreign == FEW:
+        head._say(
+            "foreign",
             f"is attached to an optimizer {theirs} ({type(optimizer).__name__}) has stepped the "
-            f"parameters in front of it {STRANGE} times: its weight is not set. Call "
+            f"parameters in front of it {FEW} times: its weight is not set. Call "
             "head.attach(optimizer) with the optimizer whose step() runs",
         )
     return False
 
 
-def _parameters(optimizer: Optimizer) -> set[int]:
-    return {id(p) for group in optimizer.param_groups for p in group["params"]}
+def _is_the_only_one(head: DirectPredHead) -> bool:
+    """Tell whether a head that does not know its leaves, in compiled code, need not know them."""
+    if len(_living()) > 1:
+        gc.collect()
+    if (count := len(_living())) > 1:
+        head._say(
+            "compiled",
+            f"runs in code that hides which of {count} optimizers steps the parameters in front of "
+            "it: its weight is not set. Call head.attach(optimizer)",
+        )
+    return count == 1
 
 
 def say(head: DirectPredHead, what: str) -> None:
-    """Warn about a head, once for each thing."""
-    key = what[:40]
-    if key not in head._watch.said:
-        head._watch.said.add(key)
-        warnings.warn(f"a {type(head).__name__}({head.dim}) {what}", stacklevel=2)
+    """Warn about a head."""
+    warnings.warn(f"a {type(head).__name__}({head.dim}) {what}", stacklevel=3)

@@ -79,11 +79,19 @@ class Kept:
     """Copies of tensors, with which to undo what DistributedDataParallel broadcasts into them.
 
     The broadcast does not show in the version of a tensor.
+
+    Attributes:
+        keeps: Whether they are the tensors of a head that closes steps, and not of a copy of one.
     """
 
     def __init__(self) -> None:
+        self.keeps = False
         self._copies: list[torch.Tensor] = []
         self._places: list[int] = []
+
+    def __reduce__(self) -> tuple[type[Kept], tuple[()]]:
+        """For copies, such as moving averages of a model."""
+        return Kept, ()
 
     def keep(self, tensors: Sequence[torch.Tensor]) -> None:
         """Take the values of tensors as theirs."""
@@ -92,6 +100,8 @@ class Kept:
 
     def restore(self, tensors: Sequence[torch.Tensor]) -> None:
         """Write the values kept back into the same tensors; others keep theirs."""
+        if not self.keeps:
+            return
         if [x.data_ptr() for x in tensors] == self._places:
             torch._foreach_copy_([*tensors], self._copies)
         else:

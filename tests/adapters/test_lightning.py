@@ -196,7 +196,7 @@ def test_the_weight_is_that_of_the_features_and_the_loss_falls(build, tmp_path):
     assert learned
     (optimizer,) = trainer.optimizers
     assert learned.isdisjoint(p for group in optimizer.param_groups for p in group["params"])
-    assert head._watch.closes_after() is None  # detached again
+    assert head._watch.followed() is None  # detached again
 
 
 def test_a_checkpoint_in_the_middle_continues_identically(build, tmp_path):

@@ -136,7 +136,7 @@ def test_the_weight_is_that_of_the_features_and_the_loss_falls(solo, base, tmp_p
     expected = oracle.weight(batches, 0.5, lambda s: oracle.boost_scale(s, 0.02, 0.5, False, 1e-4))
     np.testing.assert_allclose(model.predictor.weight, expected, atol=1e-4)
     assert np.mean(losses[-STEPS:]) < np.mean(losses[:STEPS]) - 0.05
-    assert model.predictor._watch.closes_after() is None  # detached again
+    assert model.predictor._watch.followed() is None  # detached again
     (optimizer,) = trainer.optimizers
     groups = {group["name"]: group["params"] for group in optimizer.param_groups}
     assert list(groups) == ["backbone", "classifier", "projector", "predictor"]

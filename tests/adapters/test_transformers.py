@@ -72,7 +72,7 @@ def test_the_trainers_accumulated_batches_are_one_step(callback, tmp_path):
     assert int(head.step_count) == STEPS
     assert [len(batch) for batch in batches] == [2 * PARTS] * STEPS
     np.testing.assert_allclose(head.weight, expected(batches), atol=1e-3)
-    assert not callback or head._watch.closes_after() is None  # detached again
+    assert not callback or head._watch.followed() is None  # detached again
 
 
 def test_the_trainer_goes_on_from_its_own_checkpoint(tmp_path):
