@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -64,7 +65,6 @@ class Watch:
         foreign: Steps of the one in front of the head, while it follows another.
         optimizer: The optimizer that the head follows: it closes its steps after those.
         attached: Whether the user has said so.
-        ran: Whether that optimizer has stepped since.
         by_hand: Whether the user closes the steps.
         found: What `owner.search` has found, while the head follows none.
         looks: How often that was to be known.
@@ -81,7 +81,7 @@ class Watch:
         self.passes = self.backwards = self.foreign = 0
         self.stepped = False
         self.optimizer: weakref.ref[Optimizer] | None = None
-        self.attached = self.ran = False
+        self.attached = False
         self.by_hand = by_hand
         self.found = ""
         self.looks = self.idle = self.task = 0
@@ -98,6 +98,10 @@ class Watch:
         self.gathered = self.node = None
         self.passes = self.backwards = self.foreign = 0
         self.stepped = False
+
+    def arriving(self) -> bool:
+        """Tell whether a backward pass that is not over has reached rows of the head."""
+        return in_backward() and self.task == torch._C._current_graph_task_id()
 
     def followed(self) -> Optimizer | None:
         """Return the optimizer that the head follows, if it is still there."""
@@ -192,7 +196,6 @@ class Attached:
         idle = [head for head in heads if head._watch.gathered is None]
         close_after(optimizer, heads, pending)
         for head in heads:
-            head._watch.ran = True
             head._notice_idle(head in idle)
 
 
@@ -215,12 +218,13 @@ def close_after(
         whole = pending if pending is not None and pending.holds() else Pending(heads)
         whole.close(skipped)
 
-    after_backward(close)
+    # Of a backward pass, after all rows that it lets enter.
+    after_backward(partial(after_backward, close))
 
 
 def after_backward(run: Callable[[], Any]) -> None:
     """Run a function once the backward pass is over, if this is within one that gets there."""
-    if in_backward():
+    if in_backward() and not torch.compiler.is_compiling():  # compiled autograd does not wait
         Variable._execution_engine.queue_callback(run)
     else:
         run()

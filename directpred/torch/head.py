@@ -16,7 +16,7 @@ import array_api_compat.torch  # noqa: F401 - which dynamo expects to be there
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd import Variable
+from torch._subclasses import FakeTensor
 from torch.utils.hooks import unserializable_hook
 
 from directpred.array import assign, on_host, widest
@@ -33,6 +33,7 @@ from directpred.torch.closing import (
     Attached,
     Pending,
     Watch,
+    after_backward,
     attached,
     close_by_hand,
     in_backward,
@@ -285,7 +286,7 @@ class DirectPredHead(nn.Module):
         watch = self._watch
         if (optimizer := watch.followed()) is not None:
             attached[optimizer].remove(self)
-        watch.optimizer, watch.attached, watch.ran = None, False, False
+        watch.optimizer, watch.attached = None, False
 
     def extra_repr(self) -> str:
         """The options, for `repr`."""
@@ -307,14 +308,15 @@ class DirectPredHead(nn.Module):
         self._restore()
         weight = self.weight
         prediction: Tensor
-        if z.is_meta:
+        compiling = torch.compiler.is_compiling()
+        exporting = torch.compiler.is_exporting() if compiling else torch._C._is_tracing()
+        if z.is_meta or (not compiling and isinstance(z, FakeTensor)):  # no values
             return z @ weight.to(z.dtype)
-        if not self.training or torch.compiler.is_exporting() or not z.numel():
+        if not self.training or exporting or not z.numel():
             prediction = predict(z, weight)
             return prediction
-        compiling = torch.compiler.is_compiling()
         hidden = compiling or torch._C._functorch.is_functorch_wrapped_tensor(z)
-        if not compiling and self._watch.gathered is not None and not in_backward():
+        if not hidden and self._watch.gathered is not None and not in_backward():
             self._settle(z)
         prediction = predict(z, weight)
         if hidden or prediction.requires_grad:
@@ -322,6 +324,8 @@ class DirectPredHead(nn.Module):
                 batch = self._moments(z.detach() if compiling else _without_transforms(z).detach())
             if hidden:  # from hooks
                 self._enter(batch)
+                if not compiling and self._watch.passes >= LONG:
+                    self._say_long()
             else:
                 node = z.grad_fn if z.grad_fn is not None else z
                 prediction.register_hook(_Rows(self, batch, node))
@@ -356,13 +360,16 @@ class DirectPredHead(nn.Module):
                 Pending([self]).close()
                 return
         if watch.backwards >= LONG and not watch.foreign:
-            self._say(
-                "long",
-                f"has seen {LONG} backward passes and no step of its optimizer. If that is more "
-                "than you accumulate, call head.attach(optimizer) with the optimizer whose step() "
-                "runs, or head.step() after every update",
-            )
+            self._say_long()
             watch.found = watch.found if watch.found == "owner" else "none"
+
+    def _say_long(self) -> None:
+        self._say(
+            "long",
+            f"has seen {LONG} backward passes and no step of its optimizer. If that is more than "
+            "you accumulate, call head.attach(optimizer) with the optimizer whose step() runs, or "
+            "head.step() after every update",
+        )
 
     def _notice_idle(self, idle: bool) -> None:
         """Count a step of the optimizer that found no rows; say so where they are many."""
@@ -403,7 +410,7 @@ class DirectPredHead(nn.Module):
             raise ValueError(describe_nonfinite(z))
         return gathered
 
-    def _enter(self, batch: Moments, node: Any = None) -> None:
+    def _enter(self, batch: Moments) -> None:
         """Let rows belong to the step."""
         watch = self._watch
         if torch.compiler.is_compiling():
@@ -412,7 +419,6 @@ class DirectPredHead(nn.Module):
             return
         with watch.lock:
             watch.passes += 1
-            watch.node = node
             if watch.gathered is None:
                 watch.gathered = batch
                 return
@@ -639,16 +645,15 @@ class _Rows:
         self._batch: Moments | None = batch
 
     def __call__(self, grad: Tensor) -> None:
-        Variable._execution_engine.queue_callback(self._enter)
         watch, task = self._head._watch, torch._C._current_graph_task_id()
         watch.backwards += task != watch.task
-        watch.task = task
+        watch.task, watch.node = task, self._node
+        after_backward(self._enter)
 
     def _enter(self) -> None:
         batch, self._batch = self._batch, None  # a graph may be used twice
-        node, self._node = self._node, None
         if batch is not None:
-            self._head._enter(batch, node)
+            self._head._enter(batch)
 
 
 def _without_transforms(z: Tensor) -> Tensor:

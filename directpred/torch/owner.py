@@ -29,6 +29,9 @@ heads: weakref.WeakKeyDictionary[DirectPredHead, None] = weakref.WeakKeyDictiona
 FEW = 3
 """Steps of the optimizer in front of a head, while it waits for another, that are no accident."""
 
+SEVERAL = 10
+"""Such steps without a closing by hand, of a head that was closed so before."""
+
 LONG = 50
 """Backward passes without a step, or steps without a backward pass, before a head says so."""
 
@@ -135,7 +138,9 @@ def _ends(optimizer: Optimizer, head: DirectPredHead) -> bool:
     """Tell whether the step of an optimizer ends that of a head that does not follow it."""
     watch = head._watch
     followed = watch.followed()
-    if watch.gathered is None or not watch.passes or followed is optimizer:
+    # Rows of its own, which a copy or a loaded state has not; or on their way in a backward pass.
+    own = (watch.gathered is not None and watch.passes > 0) or watch.arriving()
+    if not own or followed is optimizer:
         return False
     reached = head._reached()
     if reached is None:
@@ -145,13 +150,13 @@ def _ends(optimizer: Optimizer, head: DirectPredHead) -> bool:
         watch.stepped = True
         return False
     if watch.by_hand:
-        if watch.foreign < LONG:
+        if watch.foreign < SEVERAL:
             return False
         watch.by_hand = False
         head._say(
             "by hand",
-            f"was closed by head.step() before, but not in the last {LONG} steps of the optimizer "
-            "in front of it, after which it closes its steps from now on",
+            f"was closed by head.step() before, but not in the last {SEVERAL} steps of the "
+            "optimizer in front of it, after which it closes its steps from now on",
         )
         return True
     if followed is None:
@@ -163,7 +168,7 @@ def _ends(optimizer: Optimizer, head: DirectPredHead) -> bool:
         return True
     theirs = f"({type(followed).__name__}) whose step() has not run, while another"
     if _parameters(followed).keys() == _parameters(optimizer).keys():
-        if watch.ran and watch.foreign < FEW:
+        if watch.foreign < FEW:
             return False
         head._say(
             "twin",

@@ -24,6 +24,8 @@ def full_precision(device: torch.device) -> AbstractContextManager[None]:
     user has set, which dynamo cannot change.
     """
     kind = device.type
+    if kind == "meta":
+        return _AS_IT_IS
     if torch.compiler.is_compiling():
         return torch.autocast(kind, enabled=False)
     # In this order: another thread that has changed the setting has said so before.
