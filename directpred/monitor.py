@@ -213,7 +213,8 @@ class CollapseMonitor:
         self._warn(
             f"have collapsed, {'all rows alike' if spread < SPREAD else 'all on one line'} (spread "
             f"{spread:.2f}, effective rank {rank:.1f} of {dim}, {needed} readings in a row), which "
-            "usually comes of no predictor or a learned linear one (take a 2-layer MLP, or "
+            "usually comes of too large a learning rate, of a projector without batch "
+            "normalisation, of no predictor or a learned linear one (take a 2-layer MLP, or "
             "directpred.torch.DirectPredHead), of a target that takes a gradient, or of "
             "Eq18(normalize=False) or a large eps (docs/rules.md)"
         )

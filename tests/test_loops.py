@@ -719,3 +719,163 @@ def test_many_micro_batches_are_no_reason_to_speak():
             loop.forward(2).backward()
         loop.step()
     loop.check()
+
+
+@pytest.mark.parametrize("mode", ["evaluation", "detached"])
+def test_a_head_attached_to_nothing_that_never_gathers(mode):
+    loop = Loop()
+    loop.head.train(mode == "detached")
+
+    def step(loop):
+        z = loop.encoder(torch.randn(4, 8))
+        loss = loop.head(z if mode == "evaluation" else z.detach()).square().mean() + z.mean()
+        loss.backward()
+        loop.optimizer.step()
+
+    (message,) = said(loop, step)
+    assert "has gathered nothing in 50 forward passes" in message
+    assert ("call model.train()" if mode == "evaluation" else "takes no gradient") in message
+
+
+def test_a_trained_head_and_a_target_are_left_in_peace():
+    loop = Loop()
+    loop.forward().backward()
+    loop.step()
+    loop.head.eval()
+    target = copy.deepcopy(loop.head).train()
+    for _ in range(60):
+        loop.head(loop.encoder(torch.randn(4, 8))).square().mean().backward()
+        with torch.no_grad():
+            target(torch.randn(4, DIM))
+    loop.check()
+
+
+def test_a_loss_that_hands_its_gradient_past_the_predictor():
+    from directpred.losses import iso_loss
+
+    loop = Loop()
+    for _ in range(4):
+        z = loop.encoder(torch.randn(16, 8))
+        loop.waiting.append(z.detach().numpy())
+        iso_loss(z, loop.head(z), torch.randn(16, DIM)).backward()
+        loop.step()
+    loop.check()
+
+
+def test_an_exception_in_the_backward_pass_leaves_nothing_behind(loop):
+    for step in range(5):
+        loss = loop.forward(scale=100.0 if step == 2 else 1.0, counts=step != 2)
+        if step == 2:
+            handle = loop.encoder[0].weight.register_hook(lambda g: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                loss.backward()
+            handle.remove()
+            loop.optimizer.zero_grad()
+            continue
+        loss.backward()
+        loop.step()
+    loop.check()
+
+
+@pytest.mark.parametrize("attached", [False, True])
+def test_an_optimizer_that_runs_passes_of_its_own_without_a_closure(attached):
+    class Own(torch.optim.SGD):
+        def step(self, closure=None):
+            self.zero_grad()
+            self.passes().backward()
+            super().step()
+
+    loop = Loop(lambda p: Own(p, lr=0.1))
+    loop.optimizer.passes = loop.forward
+    if attached:
+        loop.head.attach(loop.optimizer)
+    for _ in range(4):
+        loop.forward().backward()
+        loop.step()
+    loop.check()
+
+
+def test_an_optimizer_for_each_parameter_that_steps_within_the_backward_pass():
+    loop = Loop()
+    for p in loop.encoder.parameters():
+        own = torch.optim.SGD([p], lr=0.1)
+
+        def step(p, own=own):
+            own.step()
+            own.zero_grad()
+
+        p.register_post_accumulate_grad_hook(step)
+    for _ in range(5):
+        (loop.forward() + loop.forward()).backward()
+        loop.closed()
+    loop.check()
+
+
+def test_a_head_shared_by_two_models_in_turns():
+    one, two = Loop(), Loop()
+    two.head = one.head
+    steps = []
+    for step in range(8):
+        loop = (one, two)[step % 2]
+        loop.forward().backward()
+        loop.step()
+        steps.append(loop.steps[-1])
+    one.steps = steps
+    one.check()
+
+
+@pytest.mark.parametrize("kind", ["custom function", "frozen first"])
+def test_a_probe_that_steps_often_beside_an_encoder_that_hides_some_of_its_graph(kind):
+    class Same(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, g):
+            return g
+
+    loop, probe = Loop(), nn.Linear(DIM, 2)
+    other = torch.optim.SGD(probe.parameters(), lr=0.1)
+    if kind == "frozen first":
+        with torch.no_grad():
+            loop.head(loop.encoder(torch.randn(4, 8)))
+        loop.encoder[0].requires_grad_(False)
+    for _ in range(4):
+        for _ in range(3):
+            z = loop.encoder(torch.randn(16, 8))
+            z = Same.apply(z) if kind == "custom function" else z
+            loop.waiting.append(z.detach().numpy())
+            loop.head(z).square().mean().backward()
+            with torch.no_grad():
+                loop.head(z)
+            probe(z.detach()).square().mean().backward()
+            other.step()
+        loop.step()
+    loop.check()
+
+
+def test_a_copy_made_in_the_middle_of_a_step_waits_for_rows_of_its_own():
+    loop = Loop()
+    loop.forward().backward()
+    loop.step()
+    loop.forward().backward()
+    snapshot = copy.deepcopy(loop.head).eval()
+    before = snapshot.weight.clone()
+    loop.step()
+    assert torch.equal(snapshot.weight, before)
+    loop.check()
+
+
+def test_closed_by_hand_once_and_never_again():
+    loop = Loop()
+    loop.head.gather(torch.randn(8, DIM))
+    loop.head.step()
+
+    def step(loop):
+        loop.forward().backward()
+        loop.step()
+
+    (message,) = said(loop, step)
+    assert "was closed by head.step() before, but not in the last 10 steps" in message
+    assert int(loop.head.step_count) == 1 + 60 - 9

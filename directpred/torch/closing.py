@@ -69,6 +69,8 @@ class Watch:
         found: What `owner.search` has found, while the head follows none.
         looks: How often that was to be known.
         idle: Steps of its optimizer in a row that found no rows.
+        unused: Forward passes that took a gradient, or could have, and gathered nothing.
+        used: Whether rows ever entered, or a state was loaded.
         closed: Steps closed, as the host counts them, and the version of the buffer that says so;
             None once a graph of the user's, or compiled code, may count too.
         said: What the head has warned of.
@@ -84,7 +86,8 @@ class Watch:
         self.attached = False
         self.by_hand = by_hand
         self.found = ""
-        self.looks = self.idle = self.task = 0
+        self.looks = self.idle = self.unused = self.task = 0
+        self.used = False
         self.closed: tuple[int, object] | None = (0, None)
         self.said: set[str] = set()
         self.lock = threading.Lock()

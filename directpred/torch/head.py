@@ -314,6 +314,8 @@ class DirectPredHead(nn.Module):
             return z @ weight.to(z.dtype)
         if not self.training or exporting or not z.numel():
             prediction = predict(z, weight)
+            if prediction.requires_grad and not (compiling or exporting):
+                self._notice_unused()
             return prediction
         hidden = compiling or torch._C._functorch.is_functorch_wrapped_tensor(z)
         if not hidden and self._watch.gathered is not None and not in_backward():
@@ -329,6 +331,8 @@ class DirectPredHead(nn.Module):
             else:
                 node = z.grad_fn if z.grad_fn is not None else z
                 prediction.register_hook(_Rows(self, batch, node))
+        elif torch.is_grad_enabled():
+            self._notice_unused()
         return prediction
 
     def _settle(self, z: Tensor) -> None:
@@ -383,6 +387,18 @@ class DirectPredHead(nn.Module):
             )
             self._say("idle", f"has gathered nothing in {LONG} steps of its optimizer: {cause}")
 
+    def _notice_unused(self) -> None:
+        """Count a pass of a head, attached to nothing, that never had rows but should have some."""
+        watch = self._watch
+        watch.unused += 1
+        if watch.unused == LONG and not (watch.attached or watch.used):
+            cause = (
+                "what enters it takes no gradient"
+                if self.training
+                else "it is in evaluation mode: call model.train()"
+            )
+            self._say("idle", f"has gathered nothing in {LONG} forward passes: {cause}")
+
     def _say(self, key: str, what: str) -> None:
         """Warn of something, once."""
         if key not in self._watch.said:
@@ -413,6 +429,7 @@ class DirectPredHead(nn.Module):
     def _enter(self, batch: Moments) -> None:
         """Let rows belong to the step."""
         watch = self._watch
+        watch.used = True
         if torch.compiler.is_compiling():
             before, watch.passes = watch.gathered, 1
             watch.gathered = batch if before is None else merge_finite(before, batch)
@@ -550,7 +567,7 @@ class DirectPredHead(nn.Module):
             warnings.warn(
                 f"{place}: the checkpoint holds {', '.join(sorted(entries))}, a learned predictor, "
                 "where the model has a DirectPredHead: load it before the predictor is replaced, "
-                "or pass strict=False, to start from the identity",
+                "or pass strict=False, which leaves the head as it is",
                 stacklevel=2,
             )
         required = [*State._fields, "version"]
@@ -585,6 +602,7 @@ class DirectPredHead(nn.Module):
             for name, value in state._asdict().items():
                 getattr(self, name).copy_(torch.as_tensor(value, device=like.device))
         self._watch.drop()
+        self._watch.used = True
         self._watch.gathered = gathered
         self._wrote(state.closings)
 

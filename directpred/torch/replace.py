@@ -140,6 +140,8 @@ def restore(model: Any) -> nn.Module:
             f"{len(swaps)}: pass the head to undo, in the process that replaced the predictor"
         )
     (swap,) = swaps
+    online = swap.heads()[0]
+    followed = online._watch.followed() if online is not None else None
     wrappers = _wrappers(modules, [head for head in swap.heads() if head is not None])
     for head, predictor in zip(swap.heads(), swap.predictors, strict=True):
         if head is not None:
@@ -147,7 +149,17 @@ def restore(model: Any) -> nn.Module:
             head.detach()
             predictor.to(head.weight.device).train(head.training)
     swap.undo(wrappers)
-    return swap.predictors[0]
+    predictor = swap.predictors[0]
+    groups = (g for x in _in_memory(Optimizer) for g in getattr(x, "param_groups", ()))
+    held = {id(p) for group in groups for p in group["params"]}
+    if followed is not None and not any(id(p) in held for p in predictor.parameters()):
+        warnings.warn(
+            f"the optimizer ({type(followed).__name__}) was built after the predictor was "
+            "replaced, and does not train the one that is back: call "
+            "optimizer.add_param_group({'params': [*predictor.parameters()]})",
+            stacklevel=_outside(),
+        )
+    return predictor
 
 
 @dataclass
