@@ -271,6 +271,29 @@ def found(rank=None, group=None):
     return states(model.head, model.other)
 
 
+def zero_redundancy(rank=None, group=None):
+    """An optimizer of which each rank steps a part: rank 0 all that is in front of the head."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    torch.manual_seed(0)
+    front, head, tail = nn.Linear(8, DIM), DirectPredHead(DIM), nn.Linear(DIM, 100)
+    model = nn.Sequential(front, head, tail)
+    wrapped = model
+    if rank is not None:
+        wrapped = DistributedDataParallel(of_group(model, group), process_group=group)
+        optimizer = ZeroRedundancyOptimizer(
+            wrapped.parameters(), torch.optim.SGD, process_group=group, lr=0.01
+        )
+    else:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    for step in range(5):
+        x = random(16, 8, step=step)
+        optimizer.zero_grad()
+        wrapped(x if rank is None else x.chunk(2)[rank]).square().mean().backward()
+        optimizer.step()
+    return states(head)
+
+
 def own_group(rank=None, groups=(None, None), alone=None):
     """Each half of the ranks has its own statistics, under the broadcast of buffers of all."""
     half = alone if rank is None else rank // 2
@@ -346,6 +369,7 @@ def work(rank, port, folder):
     results["sharded micro-batches, attached"] = sharded_micro_batches(*mine)
     results["sharded micro-batches"] = sharded_micro_batches(*mine, attached=False)
     results["found"] = found(*mine)
+    results["zero redundancy"] = zero_redundancy(*mine)
     results["own group"] = own_group(rank, groups)
     results["empty batches"] = empty_batches(rank)
     results["resumed on one rank"] = resumed_on_one_rank(rank)
@@ -410,6 +434,12 @@ def test_heads_find_their_optimizer_on_every_rank(ranks):
     assert_same_bits(ranks, "found")
     assert_equal_to(found(), ranks, "found")
     assert int(ranks[0]["found"][0]["step_count"]) == 10
+
+
+def test_an_optimizer_that_is_shared_out_over_ranks(ranks):
+    assert_same_bits(ranks, "zero redundancy")
+    assert_equal_to(zero_redundancy(), ranks, "zero redundancy")
+    assert int(ranks[0]["zero redundancy"][0]["step_count"]) == 5
 
 
 @pytest.mark.parametrize("half", [0, 1])

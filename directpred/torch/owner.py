@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from directpred.torch.closing import after_backward, attached, close_after
+from directpred.torch.ranks import several
 
 if TYPE_CHECKING:
     from directpred.torch.head import DirectPredHead
@@ -87,16 +88,27 @@ def leaves(*starts: Any) -> Leaves:
     return Leaves(frozenset(found), parameters, shapes, narrow, opaque and not parameters)
 
 
-def steps(optimizer: Optimizer, reached: Leaves) -> bool:
+def steps(optimizer: Optimizer, reached: Leaves, sharded: bool = False) -> bool:
     """Tell whether an optimizer steps the leaves that a gradient reached.
 
     One that holds a part of them does if no other holds them all. One that holds other copies does
     if none holds themselves: copies in float32 of half precision, or the shards of FSDP 2.
+
+    Args:
+        optimizer: The optimizer.
+        reached: The leaves.
+        sharded: Whether the parameters may be shared out over optimizers on several ranks, as by
+            `ZeroRedundancyOptimizer`: then one inside of another that holds more does not.
     """
     mine = _parameters(optimizer)
     if mine.keys() & reached.ids:
         whole = reached.parameters
-        return whole <= mine.keys() or not any(whole <= _parameters(x).keys() for x in _living())
+        if whole <= mine.keys() and not sharded:
+            return True  # without a look around, which takes time
+        others = [_parameters(x).keys() for x in _living()]
+        if sharded and any(mine.keys() < other for other in others):
+            return False
+        return whole <= mine.keys() or not any(whole <= other for other in others)
     copies = Counter(
         tuple(p.shape)
         for p in mine.values()
@@ -146,7 +158,10 @@ def _ends(optimizer: Optimizer, head: DirectPredHead) -> bool:
     if reached is None:
         return followed is None and not watch.by_hand and _is_the_only_one(head)
     watch.foreign += bool(_parameters(optimizer).keys() & reached.ids)
-    if not steps(optimizer, reached) and watch.foreign < FEW:
+    # A step of the one followed, around this one, closes that of the head by itself.
+    if followed is not None and attached[followed].stepping and watch.foreign < FEW:
+        return False
+    if not steps(optimizer, reached, several(head.process_group)) and watch.foreign < FEW:
         watch.stepped = True
         return False
     if watch.by_hand:
@@ -159,12 +174,7 @@ def _ends(optimizer: Optimizer, head: DirectPredHead) -> bool:
             "optimizer in front of it, after which it closes its steps from now on",
         )
         return True
-    if followed is None:
-        return True
-    # A step of the one followed, around this one, closes that of the head by itself.
-    if attached[followed].stepping and watch.foreign < FEW:
-        return False
-    if not watch.attached:
+    if followed is None or not watch.attached:
         return True
     theirs = f"({type(followed).__name__}) whose step() has not run, while another"
     if _parameters(followed).keys() == _parameters(optimizer).keys():
