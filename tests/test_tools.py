@@ -398,3 +398,15 @@ def test_precision_settings_stay_those_of_the_user():
     finally:
         settings.fp32_precision = "none"
         backends.fp32_precision = generic
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_export_in_training_mode_leaves_nothing_behind(strict):
+    net = model(0)
+    other = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+    torch.export.export(net, (torch.randn(5, 8),), strict=strict)
+    other.step()
+    net(torch.randn(9, 8)).sum().backward()
+    net[1].step()
+    assert int(net[1].step_count) == 1
+    assert net[1].weight.isfinite().all()

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.autograd import Variable
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -102,6 +103,12 @@ class Watch:
         self.passes = self.backwards = self.foreign = 0
         self.stepped = False
 
+    def holds_rows(self) -> bool:
+        """Tell whether there are rows; those that an export has traced are none, and dropped."""
+        if self.gathered is not None and isinstance(self.gathered.outer, FakeTensor):
+            self.drop()
+        return self.gathered is not None
+
     def arriving(self) -> bool:
         """Tell whether a backward pass that is not over has reached rows of the head."""
         return in_backward() and self.task == torch._C._current_graph_task_id()
@@ -120,6 +127,9 @@ class Pending:
 
     def __init__(self, heads: Sequence[DirectPredHead]) -> None:
         self._heads = heads
+        if not torch.compiler.is_compiling():
+            for head in heads:
+                head._watch.holds_rows()
         self._seen = [head._watch.gathered for head in heads]
         self._batches = [
             batch and cast(batch, head.mean.dtype)

@@ -309,7 +309,7 @@ class DirectPredHead(nn.Module):
         weight = self.weight
         prediction: Tensor
         compiling = torch.compiler.is_compiling()
-        exporting = torch.compiler.is_exporting() if compiling else torch._C._is_tracing()
+        exporting = not compiling and torch._C._is_tracing()
         if z.is_meta or (not compiling and isinstance(z, FakeTensor)):  # no values
             return z @ weight.to(z.dtype)
         if not self.training or exporting or not z.numel():
@@ -318,7 +318,7 @@ class DirectPredHead(nn.Module):
                 self._notice_unused()
             return prediction
         hidden = compiling or torch._C._functorch.is_functorch_wrapped_tensor(z)
-        if not hidden and self._watch.gathered is not None and not in_backward():
+        if not hidden and self._watch.holds_rows() and not in_backward():
             self._settle(z)
         prediction = predict(z, weight)
         if hidden or prediction.requires_grad:
@@ -511,7 +511,7 @@ class DirectPredHead(nn.Module):
         super()._apply(move, recurse)  # type: ignore[no-untyped-call]
         if deferred and not self.mean.is_meta:
             self.reset_parameters()  # `to_empty` leaves what was in memory
-        if (gathered := self._watch.gathered) is not None:
+        if self._watch.holds_rows() and (gathered := self._watch.gathered) is not None:
             outer, total, rows = gathered
             rows = rows.to(self.mean.device) if isinstance(rows, Tensor) else rows
             self._watch.gathered = Moments(move(outer), move(total), rows)
@@ -531,7 +531,7 @@ class DirectPredHead(nn.Module):
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
-        gathered = self._watch.gathered or self._nothing()
+        gathered = (self._watch.holds_rows() and self._watch.gathered) or self._nothing()
         with torch.no_grad():
             for name, value in gathered._asdict().items():
                 picture = getattr(self, f"accumulated_{name}")

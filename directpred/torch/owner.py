@@ -7,6 +7,7 @@ if it had been attached, until another one steps them.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import warnings
 import weakref
@@ -81,7 +82,8 @@ def leaves(*starts: Any) -> Leaves:
             for each in (leaf, *(getattr(leaf, "_params", None) or ())):
                 found[id(each)] = each
         opaque |= isinstance(node, torch.autograd.function.BackwardCFunction)
-        stack += [parent for parent, _ in node.next_functions]
+        with contextlib.suppress(RuntimeError):  # a custom function is gone with its graph
+            stack += [parent for parent, _ in node.next_functions]
     parameters = frozenset(key for key, x in found.items() if isinstance(x, nn.Parameter))
     shapes = Counter(tuple(x.shape) for x in found.values())
     narrow = any(x.dtype.itemsize < 4 for x in found.values())
@@ -151,7 +153,7 @@ def _ends(optimizer: Optimizer, head: DirectPredHead) -> bool:
     watch = head._watch
     followed = watch.followed()
     # Rows of its own, which a copy or a loaded state has not; or on their way in a backward pass.
-    own = (watch.gathered is not None and watch.passes > 0) or watch.arriving()
+    own = (watch.holds_rows() and watch.passes > 0) or watch.arriving()
     if not own or followed is optimizer:
         return False
     reached = head._reached()
