@@ -80,16 +80,10 @@ def _sums_well(z: Array) -> bool:
 
 def _total(part: Array) -> Array:
     """Σ z over the rows (n, dim) of one dtype: in halves, where a library adds row after row."""
-    add = array_namespace(part).sum
-    if is_torch(part) or _sums_well(part):
-        return add(part, axis=0)
-
-    def in_halves(z: Array) -> Array:
-        if (half := z.shape[0] // 2) <= 64:
-            return add(z, axis=0)
-        return in_halves(z[:half, :]) + in_halves(z[half:, :])
-
-    return in_halves(part)
+    half = part.shape[0] // 2
+    if half <= 64 or is_torch(part) or _sums_well(part):
+        return array_namespace(part).sum(part, axis=0)
+    return _total(part[:half, :]) + _total(part[half:, :])
 
 
 def _outer(part: Array) -> Array:
