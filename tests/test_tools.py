@@ -410,3 +410,22 @@ def test_an_export_in_training_mode_leaves_nothing_behind(strict):
     net[1].step()
     assert int(net[1].step_count) == 1
     assert net[1].weight.isfinite().all()
+
+
+@pytest.mark.parametrize("axis", [0, 1, -1])
+def test_what_is_gathered_by_hand_is_checked_and_laid_out_as_in_a_forward_pass(axis):
+    by_hand, passed = (DirectPredHead(DIM, channel_dim=axis) for _ in range(2))
+    z = torch.randn(6, 5, DIM).movedim(-1, axis)
+    by_hand.gather(z)
+    out = passed(z.clone().requires_grad_())
+    assert out.shape == z.shape
+    out.sum().backward()
+    for head in (by_hand, passed):
+        head.step()
+    assert torch.equal(by_hand.correlation, passed.correlation)
+    before = copy.deepcopy(by_hand.state_dict())
+    for bad, error in ((torch.ones(3, DIM + 1), ValueError), (np.ones((3, DIM)), TypeError)):
+        with pytest.raises(error, match="features must be"):
+            by_hand.gather(bad)
+    by_hand.gather(torch.ones(0, DIM) if axis == -1 else torch.ones(DIM, 0).movedim(0, axis))
+    same(by_hand.state_dict(), before)

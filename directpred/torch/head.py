@@ -39,7 +39,7 @@ from directpred.torch.closing import (
     in_backward,
 )
 from directpred.torch.graph import capturing, record
-from directpred.torch.owner import LONG, Leaves, leaves, register, say, search
+from directpred.torch.owner import LONG, Leaves, leaves, register, search
 from directpred.torch.precision import full_precision
 from directpred.torch.ranks import Kept, several, version
 from directpred.torch.wrappers import unwrapped
@@ -202,19 +202,9 @@ class DirectPredHead(nn.Module):
         """
         if isinstance(z, torch.fx.Proxy):
             return _traced(self, z)
-        if not isinstance(z, Tensor):
-            raise TypeError(f"features must be a torch.Tensor, got {type(z).__name__}")
-        if self.channel_dim is None:
-            self._check(z)
-            return self._predict(z)
-        if z.ndim == 1 and not self.training:  # one row
-            self._check(z)
-            return self._predict(z)
-        if not -z.ndim <= self.channel_dim < z.ndim or z.ndim < 2:
-            raise ValueError(f"expected features along axis {self.channel_dim}, got {z.shape}")
-        rows = z.movedim(self.channel_dim, -1)
-        self._check(rows)
-        return self._predict(rows).movedim(-1, self.channel_dim)
+        rows, axis = self._rows(z), self.channel_dim
+        prediction = self._predict(rows)
+        return prediction if rows is z or axis is None else prediction.movedim(-1, axis)
 
     def step(self) -> None:
         """Close the step: merge over ranks, move the correlation, set the weight where due.
@@ -248,12 +238,13 @@ class DirectPredHead(nn.Module):
         For code in which no gradient reaches the head by autograd; `forward` does it elsewhere.
 
         Args:
-            z: Features, (..., dim), any floating dtype.
+            z: Features, as for `forward`; at least one row.
 
         Raises:
-            ValueError: With nonfinite="raise" and one rank: z is not finite.
+            TypeError, ValueError: As `forward`. Nothing has then been gathered.
         """
-        self._enter(self._moments(z))
+        if (rows := self._rows(z)).numel():
+            self._enter(self._moments(rows.detach().reshape(-1, self.dim)))
 
     def diagnostics(self) -> dict[str, float]:
         """Return what tells whether the features collapse; see `directpred.metrics.diagnostics`.
@@ -293,16 +284,25 @@ class DirectPredHead(nn.Module):
         options = ", ".join(f"{name}={value!r}" for name, value in self.options._asdict().items())
         return f"{self.dim}, between={self.between!r}, {options}"
 
-    def _check(self, z: Tensor) -> None:
-        one = z.ndim == 1 and not self.training
-        check_features(z[None] if one else z, self.dim, empty=True)
-        if self.channel_dim is None and (z.ndim > 3 or (z.ndim == 3 and z.shape[1] == self.dim)):
+    def _rows(self, z: Tensor) -> Tensor:
+        """Check features, and return them with their axis last: z itself where it is."""
+        if not isinstance(z, Tensor):
+            raise TypeError(f"features must be a torch.Tensor, got {type(z).__name__}")
+        one, axis = z.ndim == 1 and not self.training, self.channel_dim
+        rows = z
+        if axis is not None and not one:
+            if not -z.ndim <= axis < z.ndim or z.ndim < 2:
+                raise ValueError(f"expected features along axis {axis}, got {tuple(z.shape)}")
+            rows = z if axis in (-1, z.ndim - 1) else z.movedim(axis, -1)
+        check_features(rows[None] if one else rows, self.dim, empty=True)
+        if axis is None and (z.ndim > 3 or (z.ndim == 3 and z.shape[1] == self.dim)):
             raise ValueError(
                 f"which axis of {tuple(z.shape)} holds the features? Take channel_dim=1 for maps "
                 "(n, c, h, w) of a convolution, channel_dim=-1 where the last axis is theirs"
             )
         if z.device != self.weight.device:
             raise ValueError(f"expected features on {self.weight.device}, got some on {z.device}")
+        return rows
 
     def _predict(self, z: Tensor) -> Tensor:
         self._restore()
@@ -403,7 +403,7 @@ class DirectPredHead(nn.Module):
         """Warn of something, once."""
         if key not in self._watch.said:
             self._watch.said.add(key)
-            say(self, what)
+            warnings.warn(f"a {type(self).__name__}({self.dim}) {what}", stacklevel=3)
 
     def _follow(self, optimizer: torch.optim.Optimizer) -> None:
         """Close a step after every step of an optimizer."""

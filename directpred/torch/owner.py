@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import warnings
 import weakref
 from collections import Counter
 from functools import partial
@@ -210,8 +209,3 @@ def _is_the_only_one(head: DirectPredHead) -> bool:
             "it: its weight is not set. Call head.attach(optimizer)",
         )
     return count == 1
-
-
-def say(head: DirectPredHead, what: str) -> None:
-    """Warn about a head."""
-    warnings.warn(f"a {type(head).__name__}({head.dim}) {what}", stacklevel=3)

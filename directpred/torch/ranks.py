@@ -109,5 +109,5 @@ class Kept:
 
 
 def version(x: torch.Tensor) -> object:
-    """What changes with every write into a tensor, and from one tensor to another."""
+    """Return what changes with every write into a tensor, and from one tensor to another."""
     return x.data_ptr(), x._version
